@@ -1,0 +1,264 @@
+"""What a cache is: precisions, quantization recipes, and the configuration that fixes every shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+
+class Precision(str, enum.Enum):
+    """How the tokens of a tier are held: three float formats and four quantized ones."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    Q8 = "q8"
+    Q4 = "q4"
+    Q4K = "q4k"
+    Q2 = "q2"
+
+    @property
+    def is_quantized(self) -> bool:
+        return self not in _FLOAT_DTYPES
+
+    @property
+    def dtype_name(self) -> str:
+        """The NumPy name of a float precision's dtype."""
+        if self.is_quantized:
+            raise ValueError(f"{self} is quantized and has no float dtype; test `is_quantized` first")
+        return _FLOAT_DTYPES[self]
+
+
+_FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+
+
+class Migration(str, enum.Enum):
+    """When tokens leave a tier that is not the last one.
+
+    EAGER: one by one, as soon as the tier holds more than its length (the original's counts).
+    BATCHED: `migration_batch` at once, at positions divisible by it (counted from the end of the sinks), so that what is
+    stored does not depend on how the tokens arrived. Needed by `axis="channel"`.
+    """
+
+    EAGER = "eager"
+    BATCHED = "batched"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How keys or values are quantized: `x ~ scale * code + zero_point`, codes of `bits` bits, 16-bit scale and zero point.
+
+    Attributes:
+      bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
+      group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's head (a divisor of
+        `head_dim`), or `num_kv_heads * head_dim` for one group per token over all heads, as in the original. `axis="channel"`:
+        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64, or 32 tokens.
+      axis: "token" or "channel".
+      symmetric: no zero point; codes are centred on zero.
+      rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries and outputs are rotated
+        once per step; stored tokens never are.
+      center: subtract each channel's mean over the first tokens of the row before quantizing.
+    """
+
+    bits: int
+    group_size: int | None = None
+    axis: str = "token"
+    symmetric: bool = False
+    rotate: bool = False
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise ValueError(f"bits={self.bits}: 2, 4 or 8 are supported; choose one of them")
+        if self.axis not in ("token", "channel"):
+            raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size}: must be positive, or None for the default")
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.bits
+
+
+Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
+
+
+def channel_group(fmt: Format) -> int:
+    """Tokens that share a scale in `fmt`, and so must enter a tier together (1: each stands alone)."""
+    if isinstance(fmt, QuantSpec) and fmt.axis == "channel":
+        assert fmt.group_size is not None
+        return fmt.group_size
+    return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TierSpec:
+    """One tier: it holds up to `length` tokens in a ring of `capacity` slots; position `offset` lives in slot 0."""
+
+    name: str
+    length: int
+    capacity: int
+    offset: int
+    key: Format
+    value: Format
+
+    @property
+    def group(self) -> int:
+        """Tokens that must enter this tier together."""
+        return max(channel_group(self.key), channel_group(self.value))
+
+
+@dataclasses.dataclass(frozen=True)
+class KvCacheConfig:
+    """The static half of a cache. The first seven fields, their order and defaults are the original's (ruvllm).
+
+    Attributes:
+      tail_length: newest tokens kept in `tail_precision`; 0 quantizes everything at once.
+      max_tokens: the most tokens a row holds, sinks included; older ones are evicted.
+      migration_batch: tokens that move together under `Migration.BATCHED`.
+      sink_tokens: the first positions of a row, kept in a float precision for ever (StreamingLLM).
+      warm_length: tokens of an optional tier between tail and store, in `warm_precision`.
+      key_quant, value_quant: recipes of the store that replace `store_precision`'s own.
+      migration: when tokens leave a tier.
+      rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots in every ring).
+    """
+
+    tail_length: int = 256
+    tail_precision: Precision = Precision.FP16
+    store_precision: Precision = Precision.Q4
+    max_tokens: int = 4096
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    migration_batch: int = 64
+    _: dataclasses.KW_ONLY
+    sink_tokens: int = 0
+    warm_length: int = 0
+    warm_precision: Precision = Precision.Q8
+    key_quant: QuantSpec | None = None
+    value_quant: QuantSpec | None = None
+    migration: Migration = Migration.EAGER
+    rewind_length: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tail_precision", "store_precision", "warm_precision"):
+            object.__setattr__(self, name, _as_enum(Precision, name, getattr(self, name)))
+        object.__setattr__(self, "migration", _as_enum(Migration, "migration", self.migration))
+        _check_sizes(self)
+        _check_groups(self)
+
+    @property
+    def room(self) -> int:
+        """The most tokens the chain holds: `max_tokens` without the sinks."""
+        return self.max_tokens - self.sink_tokens
+
+    @property
+    def step(self) -> int:
+        """Boundaries between tiers lie at multiples of this many tokens (counted from the end of the sinks)."""
+        return self.migration_batch if self.migration is Migration.BATCHED else 1
+
+    @property
+    def sink_precision(self) -> Precision:
+        return Precision.FP16 if self.tail_precision.is_quantized else self.tail_precision
+
+    @property
+    def sink_spec(self) -> TierSpec:
+        """The sinks as a tier: they never leave it."""
+        return TierSpec("sinks", self.sink_tokens, self.sink_tokens, 0, self.sink_precision, self.sink_precision)
+
+    @functools.cached_property
+    def chain(self) -> tuple[TierSpec, ...]:
+        """The tiers, newest first. A tier that can hold nothing is left out."""
+        store_length = self.room - self.tail_length - self.warm_length
+        tail = self._format(self.tail_precision)
+        warm = self._format(self.warm_precision)
+        store = self._format(self.store_precision)
+        wanted = [
+            ("hot", self.tail_length, tail, tail),
+            ("warm", self.warm_length, warm, warm),
+            ("cold", store_length, self._resolve(self.key_quant) or store, self._resolve(self.value_quant) or store),
+        ]
+        held = [tier for tier in wanted if tier[1] > 0]
+        last = len(held) - 1
+        return tuple(
+            TierSpec(name, length, self._capacity(length, i == 0, i == last, key, value), self.sink_tokens, key, value)
+            for i, (name, length, key, value) in enumerate(held)
+        )
+
+    def _capacity(self, length: int, is_first: bool, is_last: bool, key: Format, value: Format) -> int:
+        # A tier that passes tokens on is written before it is read, so it needs slots for what arrives at once besides what is due;
+        # a rewind moves the boundary above it by whole arrivals.
+        arrival = 1 if is_first else self.step
+        rewound = -(-self.rewind_length // arrival) * arrival
+        spare = self.rewind_length if is_last else self.step - 1 + max(arrival, rewound)
+        group = max(channel_group(key), channel_group(value))
+        return -(-(length + spare) // group) * group
+
+    def _format(self, precision: Precision) -> Format:
+        resolved = self._resolve(_DEFAULT_SPECS[precision]) if precision.is_quantized else None
+        return resolved or precision
+
+    def _resolve(self, spec: QuantSpec | None) -> QuantSpec | None:
+        if spec is None or spec.group_size is not None:
+            return spec
+        divisors = (size for size in range(min(64, self.head_dim), 0, -1) if self.head_dim % size == 0)
+        return dataclasses.replace(spec, group_size=32 if spec.axis == "channel" else next(divisors))
+
+
+_DEFAULT_SPECS = {
+    Precision.Q8: QuantSpec(8),
+    Precision.Q4: QuantSpec(4, rotate=True),
+    Precision.Q4K: QuantSpec(4, rotate=True),
+    Precision.Q2: QuantSpec(2, rotate=True),
+}
+
+
+def _as_enum(kind: type[Any], name: str, value: Any) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: must be one of {[member.value for member in kind]}") from None
+
+
+def _check_sizes(config: KvCacheConfig) -> None:
+    positive = ("max_tokens", "num_kv_heads", "head_dim", "migration_batch")
+    for name in (*positive, "tail_length", "sink_tokens", "warm_length", "rewind_length"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < (name in positive):
+            raise ValueError(f"{name}={value!r}: must be an int of at least {int(name in positive)}")
+    if config.head_dim % 8:
+        raise ValueError(f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros")
+    least = config.tail_length + config.warm_length + config.sink_tokens
+    if config.max_tokens < least:
+        raise ValueError(
+            f"max_tokens={config.max_tokens} cannot hold tail_length={config.tail_length} + "
+            f"warm_length={config.warm_length} + sink_tokens={config.sink_tokens}: raise it to {least} or shorten a tier"
+        )
+    if config.max_tokens == config.sink_tokens:
+        raise ValueError(f"max_tokens={config.max_tokens} are all sinks: leave room for at least one more token")
+
+
+def _check_groups(config: KvCacheConfig) -> None:
+    for index, tier in enumerate(config.chain):
+        for name, fmt in (("key", tier.key), ("value", tier.value)):
+            if isinstance(fmt, QuantSpec):
+                _check_group(config, f"{tier.name} {name}s", fmt, is_first=index == 0)
+
+
+def _check_group(config: KvCacheConfig, where: str, spec: QuantSpec, is_first: bool) -> None:
+    group, width = spec.group_size, config.head_dim * config.num_kv_heads
+    assert group is not None
+    if spec.axis == "token":
+        if config.head_dim % group and group != width:
+            raise ValueError(
+                f"group_size={group} for the {where}: must divide head_dim={config.head_dim}, "
+                f"or be num_kv_heads * head_dim = {width} for one group per token"
+            )
+    elif is_first:
+        raise ValueError(f"axis='channel' for the {where}: groups of tokens need a tier before it; set tail_length >= 1")
+    elif config.step % group:
+        raise ValueError(
+            f"axis='channel' with group_size={group} for the {where}: tokens must arrive in whole groups; set "
+            f"migration='batched' and migration_batch (now {config.migration_batch}) to a multiple of {group}"
+        )

@@ -1,0 +1,86 @@
+"""One tier's partial attention in plain XLA, for every platform: blocks of slots, each unpacked in cache and merged online.
+
+A block is read where it lies, unpacked to int8 and dotted with the query's digits (`formats`, `digits`); scales multiply scores and
+probabilities, never codes. Nothing is written that grows with the tier. The loop visits the blocks that hold tokens, so cost follows the
+tokens held, not the capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxkv import ring, tokens
+from jaxkv.kernels.formats import reader
+from jaxkv.softmax import FLOOR, Partial
+from jaxkv.state import Segment
+from jaxkv.tokens import Index
+
+BLOCK = 256
+"""Slots per block: 8 heads of 128 4-bit codes then unpack into a quarter of a 1 MiB L2."""
+
+Visible = Callable[[jax.Array], jax.Array]
+"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at."""
+
+
+def partial_attention(part: Segment, query: jax.Array, visible: Visible, newest: jax.Array, layer: Index) -> Partial:
+    """Attention of scaled queries over the tokens of one tier.
+
+    Args:
+      query: [B, K, R, H] float32, R the queries that share a kv head.
+      visible: which positions the T queries may look at; R = G * T, queries of one head together.
+      newest: [B] int32, a position that no query looks beyond.
+
+    Returns:
+      A Partial of shape [B, K, R], in the basis of the raw tokens.
+    """
+    spec, tier = part.spec, part.tier
+    size = _block_size(spec.capacity, spec.group)
+    key = reader(spec.key, query.shape[-1], tokens.mean_of(tier.keys, layer))
+    value = reader(spec.value, query.shape[-1], tokens.mean_of(tier.values, layer))
+    operand = key.query(query)
+
+    def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        top, total = carry
+        # The last block of a ring that is no multiple of BLOCK starts early; slots that were seen before are masked.
+        start = jnp.minimum(index * size, spec.capacity - size)
+        slot = start + jnp.arange(size, dtype=jnp.int32)[None]
+        position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
+        valid = (position >= part.low[:, None]) & (slot >= index * size)
+        # Without the barrier the masks' integer divisions are computed again for every score (20 times the cost of the exp).
+        valid, seen = lax.optimization_barrier((valid, visible(position) & valid[:, None]))
+        scores = key.scores(operand, tokens.block(tier.keys, spec.key, start, size, layer))
+        by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
+        scores = jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)[..., None]
+        more = value.weigh(weights, tokens.block(tier.values, spec.value, start, size, layer), valid)
+        return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
+
+    carry = jnp.full(query.shape[:3], FLOOR), value.zeros(query.shape[:3])
+    if spec.capacity <= size:
+        carry = visit(jnp.int32(0), carry)
+    else:
+        carry = lax.fori_loop(*_block_range(part, newest, size), visit, carry)
+    out, total = value.finish(carry[1])
+    return Partial(out, carry[0], total)
+
+
+def _block_size(capacity: int, group: int) -> int:
+    return min(capacity, max(BLOCK // group, 1) * group)
+
+
+def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The blocks [first, stop) that hold any row's positions in [low, min(high, newest + 1))."""
+    offset, capacity = part.spec.offset, part.spec.capacity
+    low, high = part.low - offset, jnp.maximum(jnp.minimum(part.high, newest + 1), part.low) - offset
+    # Slots are contiguous unless the range passes the ring's seam; an empty range asks for nothing.
+    seam = low // capacity != (high - 1) // capacity
+    empty = low >= high
+    first = jnp.where(empty, capacity, jnp.where(seam, 0, low % capacity))
+    stop = jnp.where(empty, 0, jnp.where(seam, capacity, (high - 1) % capacity + 1))
+    return first.min() // size, (stop.max() + size - 1) // size

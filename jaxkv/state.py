@@ -1,0 +1,193 @@
+"""The state of a cache: an immutable pytree, how it is allocated, and everything that only reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import ring, tokens
+from jaxkv.checks import check_layer
+from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.tokens import Index, Tokens
+
+
+class Status(enum.IntFlag):
+    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it was."""
+
+    OK = 0
+    EVICT_TOO_MANY = 1
+    REWIND_TOO_MANY = 2
+    REWIND_CUTS_GROUP = 4
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    keys: Tokens
+    values: Tokens
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["sinks", "tiers", "end", "kept", "status"], meta_fields=["config"]
+)
+@dataclasses.dataclass(frozen=True)
+class CacheState:
+    """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
+
+    A token at position p >= sink_tokens lives in slot (p - sink_tokens) % capacity of its tier (`ring`).
+    """
+
+    sinks: Tier | None  # positions [0, sink_tokens)
+    tiers: tuple[Tier, ...]  # config.chain, newest first
+    end: jax.Array  # [B] or [L, B] int32: the next position
+    kept: jax.Array  # [B, n] or [L, B, n] int32: first position still present in each tier's ring
+    status: jax.Array  # [B] or [L, B] int32: Status bits, sticky
+    config: KvCacheConfig
+
+    @property
+    def begin(self) -> jax.Array:
+        """First position of the chain still held, [B] or [L, B] int32. Sinks are held besides."""
+        return ring.starts(self.config, self.end, self.kept)[-1]
+
+    @property
+    def batch_size(self) -> int:
+        return self.end.shape[-1]
+
+    @property
+    def num_layers(self) -> int | None:
+        return self.end.shape[0] if self.end.ndim == 2 else None
+
+
+def init(config: KvCacheConfig, batch_size: int = 1, num_layers: int | None = None) -> CacheState:
+    """An empty cache; all arrays are allocated here and keep their shapes for ever.
+
+    With `num_layers`, every array has a leading axis L, and `append`, `attend` and `prefill` take `layer=`.
+    """
+    for name, size in (("batch_size", batch_size), ("num_layers", num_layers)):
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name}={size!r}: must be a positive int")
+    lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
+    heads, head_dim = config.num_kv_heads, config.head_dim
+
+    def tier(key: Any, value: Any, capacity: int) -> Tier:
+        return Tier(*(tokens.allocate(fmt, lead, heads, capacity, head_dim) for fmt in (key, value)))
+
+    sinks = tier(config.sink_precision, config.sink_precision, config.sink_tokens) if config.sink_tokens else None
+    tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
+    zeros = jnp.zeros(lead, jnp.int32)
+    kept = jnp.full((*lead, len(tiers)), config.sink_tokens, jnp.int32)
+    return CacheState(sinks, tiers, zeros, kept, jnp.zeros_like(zeros), config)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["total_tokens", "tail_tokens", "store_tokens", "tail_bytes", "store_bytes", "compression_ratio", "sink_tokens", "warm_tokens"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class KvCacheStats:
+    """What is held now. Token counts are int32 [B] (or [L, B]); bytes and ratio are float32 over all rows and layers.
+
+    `tail_bytes` and `store_bytes` are the device's bytes behind the tokens held (sinks count as tail, warm as store);
+    `compression_ratio` is the size of the same tokens in fp16 over the sum of both, 1 when nothing is held.
+    """
+
+    total_tokens: Any
+    tail_tokens: Any
+    store_tokens: Any
+    tail_bytes: Any
+    store_bytes: Any
+    compression_ratio: Any
+    sink_tokens: Any
+    warm_tokens: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One tier (or the sinks) of one layer with the positions [low, high) that it holds, [B] int32 each (or [L, B])."""
+
+    tier: Tier
+    spec: TierSpec
+    low: jax.Array
+    high: jax.Array
+
+
+def segments(state: CacheState, layer: Index = None) -> list[Segment]:
+    """Where the tokens held are: the sinks, if any, and the tiers of the chain."""
+    config = state.config
+    end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
+    lows = ring.starts(config, end, kept)
+    found = [
+        Segment(tier, spec, low, high)
+        for tier, spec, low, high in zip(state.tiers, config.chain, lows, ring.uppers(config, end, lows), strict=True)
+    ]
+    if state.sinks is None:
+        return found
+    return [Segment(state.sinks, config.sink_spec, jnp.zeros_like(end), jnp.minimum(end, config.sink_tokens)), *found]
+
+
+def stats(state: CacheState) -> KvCacheStats:
+    """Counts and bytes of the tokens held now."""
+    tokens_of = dict.fromkeys(("sinks", "hot", "warm", "cold"), jnp.zeros_like(state.end))
+    bytes_of = dict.fromkeys(tokens_of, jnp.zeros(()))
+    for part in segments(state):
+        tokens_of[part.spec.name] = part.high - part.low
+        bytes_of[part.spec.name] = (part.high - part.low).sum() * bytes_per_token(state.config, part.spec)
+    total = sum(tokens_of.values(), jnp.zeros_like(state.end))
+    tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]
+    fp16 = total.sum() * (2.0 * 2 * state.config.num_kv_heads * state.config.head_dim)
+    ratio = jnp.where(total.sum() > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
+    return KvCacheStats(
+        total, tokens_of["hot"], tokens_of["cold"], tail, store, ratio, tokens_of["sinks"], tokens_of["warm"]
+    )
+
+
+def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
+    """Device bytes of one token of one layer in a tier: codes, scales and zero points of keys and values."""
+    halves = [tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim) for fmt in (spec.key, spec.value)]
+    arrays = [array for half in halves for array in (half.data, half.scale, half.zero_point) if array is not None]
+    return float(sum(array.size * array.dtype.itemsize for array in arrays)) / spec.capacity
+
+
+def nbytes(state: CacheState) -> int:
+    """Bytes that the state's arrays take on their device(s), positions included."""
+    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(state))
+
+
+def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All tokens held, dequantized, sinks first, then oldest to newest. For looking and exporting: it unpacks the whole cache.
+
+    Returns:
+      keys, values: [B, P, K, H] float32, zeros where empty; P = max_tokens.
+      positions: [B, P] int32, -1 where empty.
+      With several layers and no `layer`, each has a leading axis L.
+    """
+    if layer is None and state.num_layers is not None:
+        return jax.vmap(gather)(state)
+    check_layer(layer, state.num_layers)
+    parts = segments(state, layer)
+    index = jnp.arange(state.config.max_tokens)[None]
+    sinks_held = jnp.zeros_like(parts[-1].low) if state.sinks is None else parts[0].high
+    position = jnp.where(index < sinks_held[:, None], index, (parts[-1].low - sinks_held)[:, None] + index)
+    end = jnp.maximum(sinks_held, parts[0 if state.sinks is None else 1].high)
+    position = jnp.where(position < end[:, None], position, -1)
+    shape = (*position.shape, state.config.num_kv_heads, state.config.head_dim)
+    keys, values = jnp.zeros(shape), jnp.zeros(shape)
+    for part in parts:
+        inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[..., None, None]
+        keys = jnp.where(inside, _tokens_at(part, part.tier.keys, part.spec.key, position, layer), keys)
+        values = jnp.where(inside, _tokens_at(part, part.tier.values, part.spec.value, position, layer), values)
+    return keys, values, position
+
+
+def _tokens_at(part: Segment, held: Tokens, fmt: Format, position: jax.Array, layer: Index) -> jax.Array:
+    """The tokens [B, P, K, H] in the slots of `position` [B, P]; what is no position of the tier gives anything."""
+    capacity = part.spec.capacity
+    every = jnp.broadcast_to(jnp.arange(capacity), (position.shape[0], capacity))
+    slots = ring.slot_of(position, part.spec.offset, capacity)
+    return jnp.take_along_axis(tokens.read(held, fmt, every, layer), slots[..., None, None], axis=1)

@@ -1,0 +1,173 @@
+"""The keys or the values of one tier: arrays in the layout that attention reads, written and read by slot.
+
+Layout (B rows, K kv heads, S slots, H head dim; [L, ...] in front where a state holds several layers):
+
+    float tiers      data [B, K, S, H]; bfloat16 as its int16 bits: XLA:CPU widens a scatter or a loop's slices of bfloat16, and with
+                     them the whole buffer, to float32 (40 ms an append at 16k tokens); integers stay as they are
+    quantized tiers  data [B, K, S, W] int8 words (`codec.pack`), W = H * bits // 8
+                     scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis [B, K, S // group, H]; float16
+                     mean [B, K, H] float32 where the spec centres
+
+Head-major because a block of one head's tokens is then one contiguous read: on CPU the token-major [B, S, K, W] was six times as slow.
+Scales have their slots last, as the scores that they multiply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxkv import codec
+from jaxkv.config import Format, Precision, QuantSpec, channel_group
+
+Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
+
+_FIELDS = ["data", "scale", "zero_point", "mean"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Keys or values of one tier; see the module for the layout. None where the format has no such array."""
+
+    data: jax.Array
+    scale: jax.Array | None = None
+    zero_point: jax.Array | None = None
+    mean: jax.Array | None = None
+
+
+def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
+    """Shapes and dtypes of one row's tokens in a tier, as `jax.ShapeDtypeStruct`s."""
+    if isinstance(fmt, Precision):
+        return Tokens(_array((heads, capacity, head_dim), "int16" if fmt is Precision.BF16 else fmt.dtype_name))
+    data = _array((heads, capacity, head_dim // fmt.codes_per_byte), jnp.int8)
+    scale = _array(_scale_shape(fmt, heads, capacity, head_dim), codec.SCALE_DTYPE)
+    mean = _array((heads, head_dim), jnp.float32)
+    return Tokens(data, scale, None if fmt.symmetric else scale, mean if fmt.center else None)
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def allocate(fmt: Format, lead: tuple[int, ...], heads: int, capacity: int, head_dim: int) -> Tokens:
+    """Empty tokens; `lead` is (B,) or (L, B)."""
+    return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), a.dtype), shapes(fmt, heads, capacity, head_dim))
+
+
+def _scale_shape(spec: QuantSpec, heads: int, capacity: int, head_dim: int) -> tuple[int, int, int]:
+    group = spec.group_size or head_dim
+    if spec.axis == "channel":
+        return heads, capacity // group, head_dim
+    return (1, 1, capacity) if group > head_dim else (heads, head_dim // group, capacity)
+
+
+Encoded = codec.Quantized | jax.Array  # what a tier stores of some tokens: codes, or floats [B, T, K, H]
+
+
+def encode(fmt: Format, x: jax.Array, mean: jax.Array | None = None) -> Encoded:
+    """Tokens [B, T, K, H] in a tier's format; channel groups must be whole."""
+    if isinstance(fmt, Precision):
+        x = x.astype(fmt.dtype_name)
+        return lax.bitcast_convert_type(x, jnp.int16) if fmt is Precision.BF16 else x
+    x = x.astype(jnp.float32)
+    if mean is not None:
+        x = x - mean[:, None]
+    return codec.quantize(fmt, codec.hadamard(x) if fmt.rotate else x)
+
+
+def decode(fmt: Format, encoded: Encoded, mean: jax.Array | None = None) -> jax.Array:
+    """The tokens [B, T, K, H] float32 that `encoded` stands for."""
+    if isinstance(encoded, jax.Array):
+        return floats(encoded)
+    assert isinstance(fmt, QuantSpec)
+    x = codec.dequantize(fmt, encoded)
+    x = codec.inverse_hadamard(x) if fmt.rotate else x
+    return x if mean is None else x + mean[:, None]
+
+
+def floats(data: jax.Array) -> jax.Array:
+    """The data of a float tier in float32."""
+    if data.dtype == jnp.int16:
+        return lax.bitcast_convert_type(data.astype(jnp.int32) << 16, jnp.float32)
+    return data.astype(jnp.float32)
+
+
+def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer: Index) -> Tokens:
+    """Writes encoded tokens into `slots` [B, T]; a slot outside the ring drops its token.
+
+    The rows' own slots make this a scatter, which XLA does in place where a dynamic_update_slice that is read later costs two copies
+    of the whole buffer (openxla/xla#20440).
+    """
+
+    def put(old: jax.Array | None, new: jax.Array | None, place: tuple[Any, ...]) -> jax.Array | None:
+        return None if old is None or new is None else old.at[place].set(new, mode="drop")
+
+    codes, scale, zero_point = _arrays(encoded)
+    data, place = put(tokens.data, codes, _data_place(slots, layer)), _scale_place(fmt, slots, layer)
+    assert data is not None
+    return Tokens(data, put(tokens.scale, scale, place), put(tokens.zero_point, zero_point, place), tokens.mean)
+
+
+def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
+    """The tokens [B, T, K, H] float32 in `slots` [B, T]; channel groups must be whole."""
+    data = tokens.data[_data_place(slots, layer)]
+    if tokens.scale is None:
+        return decode(fmt, data)
+    place = _scale_place(fmt, slots, layer)
+    zero_point = None if tokens.zero_point is None else tokens.zero_point[place]
+    return decode(fmt, codec.Quantized(data, tokens.scale[place], zero_point), mean_of(tokens, layer))
+
+
+def mean_of(tokens: Tokens, layer: Index) -> jax.Array | None:
+    """The channel means [B, K, H] of one layer, or None."""
+    return tokens.mean if tokens.mean is None or layer is None else tokens.mean[layer]
+
+
+def _arrays(encoded: Encoded) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    if isinstance(encoded, jax.Array):
+        return encoded, None, None
+    return encoded.codes, encoded.scale, encoded.zero_point
+
+
+def _data_place(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
+    """Index of [..., B, K, S, W] that gives, or takes, [B, T, K, W]."""
+    return *_leading(slots, layer), slice(None), slots
+
+
+def _scale_place(fmt: Format, slots: jax.Array, layer: Index) -> tuple[Any, ...]:
+    group = channel_group(fmt)
+    if group > 1:
+        return _data_place(slots[:, ::group] // group, layer)
+    return *_leading(slots, layer), slice(None), slice(None), slots
+
+
+def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return (rows,) if layer is None else (layer, rows)
+
+
+def block(tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index) -> Tokens:
+    """The slots [start, start + size) of one layer, still encoded; `start` and `size` are multiples of a channel group."""
+    group = channel_group(fmt)
+
+    def cut(array: jax.Array | None, axis: int, unit: int) -> jax.Array | None:
+        if array is None:
+            return None
+        if layer is None:
+            return lax.dynamic_slice_in_dim(array, start // unit, size // unit, axis)
+        begin = [jnp.int32(0)] * array.ndim
+        begin[0], begin[axis + 1] = jnp.int32(layer), start // unit
+        shape = [1, *array.shape[1:]]
+        shape[axis + 1] = size // unit
+        return lax.dynamic_slice(array, begin, shape).squeeze(0)
+
+    axis = 3 if group == 1 else 2
+    data = cut(tokens.data, 2, 1)
+    assert data is not None
+    return Tokens(data, cut(tokens.scale, axis, group), cut(tokens.zero_point, axis, group), None)

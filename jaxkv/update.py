@@ -1,0 +1,293 @@
+"""The writers: append, prefill, migrate, evict, rewind, clear, take_rows. Each gives a new state; nothing else changes one.
+
+An append writes the new tokens to the first tier, then hands from tier to tier what is due there: the positions between a boundary's old
+and new place, quantized where they arrive. Donate the state (`jax.jit(step, donate_argnums=0)`) and all of it happens in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxkv import ring, softmax, tokens
+from jaxkv.attend import over_segments, raw_segment, unfold
+from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, is_concrete
+from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.state import CacheState, Status, Tier, segments
+from jaxkv.tokens import Index, Tokens
+
+
+def append(
+    state: CacheState, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None
+) -> CacheState:
+    """Appends tokens, migrates what leaves a tier and evicts what no longer fits.
+
+    Appending T tokens gives the same bits as T appends of one.
+
+    Args:
+      keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision.
+      lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones). None: all.
+      layer: which layer, an int or a traced scalar; required where the state has layers.
+
+    Raises:
+      ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or surplus layer.
+    """
+    config, size = state.config, keys.shape[1] if getattr(keys, "ndim", 0) > 1 else 0
+    check_layer(layer, state.num_layers)
+    check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim)
+    count = as_counts("lengths", lengths, state.batch_size, size)
+    end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
+    low, new_end = ring.starts(config, end, kept), end + count
+    new_low = ring.starts(config, new_end, kept)
+
+    new = _Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
+    first = _store(config, state.tiers[0], config.chain[0], new, layer)
+
+    def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
+        old, written, arrival, done = state.tiers[0], first, new, []
+        for index, tier in enumerate(rest):
+            arrival = _leaving(config, index, old, written, arrival, low[index], new_low[index], layer)
+            old, written = tier, _store(config, tier, config.chain[index + 1], arrival, layer)
+            done.append(written)
+        return tuple(done)
+
+    rest = state.tiers[1:]
+    if rest and size < config.step:
+        # Most steps of a batched cache move nothing. The branch that does nothing comes first: the other way round costs three copies
+        # of the cache (jax-ml/jax#39449).
+        rest = lax.switch(jnp.any(new_low[0] > low[0]).astype(jnp.int32), [lambda tiers: tiers, pass_on], rest)
+    elif rest:
+        rest = pass_on(rest)
+    sinks = state.sinks
+    if sinks is not None:
+        sinks = _store(config, sinks, config.sink_spec, dataclasses.replace(new, first=end, stop=_into_sinks(config, new_end)), layer)
+    moved = dataclasses.replace(state, sinks=sinks, tiers=(first, *rest))
+    return _at(moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low)))
+
+
+def prefill(
+    state: CacheState,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    layer: Index = None,
+) -> tuple[CacheState, jax.Array]:
+    """Attention of a prompt over its own raw keys and values and all that the cache held, then `append`.
+
+    Args:
+      query: [B, T, N, H]; keys, values: [B, T, K, H]; lengths: [B], valid tokens of each row.
+
+    Returns:
+      The new state, and the outputs [B, T, N, H] in the query's dtype: causal, exact on the prompt; zeros for queries beyond `lengths`.
+    """
+    config = state.config
+    check_layer(layer, state.num_layers)
+    check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
+    check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1])
+    count = as_counts("lengths", lengths, state.batch_size, query.shape[1])
+    end = state.end if layer is None else state.end[layer]
+    index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    position = jnp.where(index < count[:, None], index, -1)
+    absolute = jnp.where(position < 0, -1, position + end[:, None])
+    held = over_segments(segments(state, layer), query, absolute, scale, layer)
+    new = over_segments([raw_segment(keys, values, count)], query, position, scale, None)
+    out = unfold(softmax.normalize(softmax.merge([held, new])), query)
+    return append(state, keys, values, count, layer=layer), out
+
+
+def _into_sinks(config: KvCacheConfig, end: jax.Array) -> jax.Array:
+    return jnp.minimum(end, config.sink_tokens)
+
+
+def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:
+    """The state with the positions of one layer (or of a state without layers) replaced."""
+    if layer is not None:
+        end, kept = state.end.at[layer].set(end), state.kept.at[layer].set(kept)
+    return dataclasses.replace(state, end=end, kept=kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrival:
+    """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are to be written."""
+
+    keys: jax.Array  # [B, M, K, H]
+    values: jax.Array
+    base: jax.Array  # [B] int32, as are first and stop
+    first: jax.Array
+    stop: jax.Array
+
+    @property
+    def size(self) -> int:
+        return int(self.keys.shape[1])
+
+
+def _positions(base: jax.Array, size: int) -> jax.Array:
+    return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
+
+
+def _store(config: KvCacheConfig, tier: Tier, spec: TierSpec, arrival: _Arrival, layer: Index) -> Tier:
+    """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
+    first, stop = arrival.first, arrival.stop
+    if spec.group > 1:
+        first, stop = ring.round_down(config, first), ring.round_down(config, stop)
+    position = _positions(arrival.base, arrival.size)
+    lasting = jnp.maximum(first, stop - spec.capacity)[:, None]
+    slots = ring.slot_of(position, spec.offset, spec.capacity)
+    slots = jnp.where((position >= lasting) & (position < stop[:, None]), slots, spec.capacity)
+    keys = _write(tier.keys, spec.key, arrival.keys, slots, layer)
+    return Tier(keys, _write(tier.values, spec.value, arrival.values, slots, layer))
+
+
+def _write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
+    return tokens.write(held, fmt, tokens.encode(fmt, new, tokens.mean_of(held, layer)), slots, layer)
+
+
+def _leaving(
+    config: KvCacheConfig,
+    index: int,
+    old: Tier,
+    written: Tier,
+    arrival: _Arrival,
+    low: jax.Array,
+    new_low: jax.Array,
+    layer: Index,
+) -> _Arrival:
+    """What leaves tier `index` for the next one: positions [low, new_low), as the tier represents them.
+
+    `old` and `written` are the tier before and after `arrival` was stored. Decoding reads the written ring, which has slots to spare for
+    it; only an arrival that overruns those (a prompt) takes the old ring and the arrival apart.
+    """
+    spec = config.chain[index]
+    size = -(-arrival.size // config.step) * config.step
+    base = ring.round_down(config, low)
+    position = _positions(base, size)
+    slots = ring.slot_of(position, spec.offset, spec.capacity)
+    has_room = spec.capacity >= spec.length + config.step - 1 + arrival.size
+    fresh = (position - arrival.base[:, None]).clip(0, arrival.size - 1)[..., None, None]
+    is_fresh = (position >= arrival.first[:, None])[..., None, None]
+
+    def half(before: Tokens, after: Tokens, fmt: Format, new: jax.Array) -> jax.Array:
+        if has_room:
+            return tokens.read(after, fmt, slots, layer)
+        mean = tokens.mean_of(after, layer)
+        represented = tokens.decode(fmt, tokens.encode(fmt, new, mean), mean)
+        return jnp.where(is_fresh, jnp.take_along_axis(represented, fresh, 1), tokens.read(before, fmt, slots, layer))
+
+    keys = half(old.keys, written.keys, spec.key, arrival.keys)
+    values = half(old.values, written.values, spec.value, arrival.values)
+    return _Arrival(keys, values, base, low, new_low)
+
+
+def migrate(state: CacheState) -> CacheState:
+    """Moves what is due to the next tier. Total, and a no-op after any other verb: boundaries follow from positions, and `append` moves
+    the tokens that a boundary has passed, so nothing is ever left due."""
+    return state
+
+
+def evict(state: CacheState, count: ArrayLike) -> CacheState:
+    """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay.
+
+    Raises:
+      ValueError: more than is held. Inside jit such a row stays as it was and gets `Status.EVICT_TOO_MANY`.
+    """
+    given = as_counts("count", count, state.batch_size, None)
+    begin, upper = state.begin, ring.chain_end(state.config, state.end)
+    refused = _refused("count", given, upper - begin, state)
+    begin = jnp.where(refused, begin, begin + given)
+    kept = state.kept.at[..., -1].set(jnp.where(refused | (given == 0), state.kept[..., -1], begin))
+    return dataclasses.replace(state, kept=kept, status=_flag(state, refused, Status.EVICT_TOO_MANY))
+
+
+def rewind(state: CacheState, count: ArrayLike) -> CacheState:
+    """Drops the `count` (int or [B]) newest tokens of every row, in all layers (speculative decoding). Stored codes stay as they are.
+
+    Up to `config.rewind_length` below the highest position reached, the result is as if the tokens had never been appended: the tail is
+    full again and tokens that they evicted are back. Beyond, what is held stays held: the tail is shorter by what its ring has lost.
+
+    Raises:
+      ValueError: more than is held. Inside jit such a row stays as it was and gets `Status.REWIND_TOO_MANY`. A rewind that would leave
+        a part of a group of `axis="channel"` codes without its float tokens is refused alike, with `Status.REWIND_CUTS_GROUP`.
+    """
+    config, given = state.config, as_counts("count", count, state.batch_size, None)
+    begin, upper = state.begin, ring.chain_end(config, state.end)
+    most = jnp.where(begin > config.sink_tokens, upper - begin, state.end)
+    too_many = _refused("count", given, most, state)
+    end = state.end - given
+    kept = _reachable(config, end, state.kept)
+    cuts = _cuts_group(config, end, kept) & (given > 0)
+    refused = too_many | cuts
+    if is_concrete(refused) and bool(np.any(cuts & ~too_many)):
+        raise ValueError(
+            f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel codes; set rewind_length "
+            f"(now {config.rewind_length}) to the deepest rewind you need"
+        )
+    status = _flag(state, too_many, Status.REWIND_TOO_MANY) | _flag(state, cuts & ~too_many, Status.REWIND_CUTS_GROUP)
+    return dataclasses.replace(
+        state,
+        end=jnp.where(refused, state.end, end),
+        kept=jnp.where(refused[..., None], state.kept, kept),
+        status=status,
+    )
+
+
+def _reachable(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
+    """`kept` for an earlier end: a ring that holds only later positions holds nothing."""
+    upper, found = ring.chain_end(config, end), []
+    for index in range(len(config.chain)):
+        found.append(jnp.minimum(kept[..., index], upper))
+        upper = ring.starts(config, end, jnp.stack([*found, *(kept[..., i] for i in range(index + 1, kept.shape[-1]))], -1))[index]
+    return jnp.stack(found, axis=-1)
+
+
+def _cuts_group(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
+    """Whether a boundary before a tier of token groups lies inside a group whose first tokens no ring holds."""
+    cut = jnp.zeros_like(end, bool)
+    for index, low in enumerate(ring.starts(config, end, kept)[:-1]):
+        if config.chain[index + 1].group > 1:
+            first = ring.round_down(config, low)
+            cut |= (low > first) & (kept[..., index] > first) & (low > kept[..., -1])
+    return cut
+
+
+def _refused(name: str, count: jax.Array, most: jax.Array, state: CacheState) -> jax.Array:
+    """Where `count` exceeds `most`; raises if that can be seen now."""
+    refused = count > most
+    if is_concrete(refused) and bool(np.any(refused)):
+        raise ValueError(f"{name}={np.asarray(count).tolist()}: rows hold {np.asarray(most).tolist()} such tokens; ask for fewer")
+    return refused
+
+
+def _flag(state: CacheState, where: jax.Array, status: Status) -> jax.Array:
+    return state.status | jnp.where(where, jnp.int32(status), jnp.int32(0))
+
+
+def clear(state: CacheState) -> CacheState:
+    """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this costs nothing."""
+    kept = jnp.full_like(state.kept, state.config.sink_tokens)
+    return dataclasses.replace(state, end=jnp.zeros_like(state.end), kept=kept, status=jnp.zeros_like(state.status))
+
+
+def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
+    """The state whose row i is row `rows[i]` of this one: fork, beam reorder, batch filter.
+
+    Args:
+      rows: [B'] ints; repeats are allowed.
+
+    Raises:
+      ValueError: not a vector of ints, or (where concrete) a row that does not exist.
+    """
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if given.ndim != 1 or given.shape[0] == 0 or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"rows has shape {given.shape} and dtype {given.dtype}: must be a vector of row numbers")
+    if is_concrete(given) and ((np.asarray(given) < 0) | (np.asarray(given) >= state.batch_size)).any():
+        raise ValueError(f"rows={np.asarray(given).tolist()}: the state has rows 0 .. {state.batch_size - 1}")
+    axis = state.end.ndim - 1
+    return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(given), axis=axis), state)
