@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.typing import ArrayLike
 
 from jaxkv import softmax
 from jaxkv.checks import as_counts, check_layer, check_query
-from jaxkv.config import Precision, TierSpec
+from jaxkv.config import KvCacheConfig, Precision, TierSpec
 from jaxkv.kernels import xla
+from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
 from jaxkv.tokens import Index, Tokens
@@ -28,7 +30,9 @@ def attend(
     *,
     lengths: ArrayLike | None = None,
     layer: Index = None,
-) -> jax.Array:
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
     """Attention of the newest tokens' queries over all tokens held, causal among the newest.
 
     Args:
@@ -36,53 +40,79 @@ def attend(
       scale: of the scores; default H**-0.5.
       lengths: [B], as given to the append: row b's queries are its first lengths[b]; the others' outputs are zeros.
       layer: required where the state has layers; int or traced.
+      return_lse: also return the log of the softmax's denominator.
+      **options: the fields of `Scoring`: causal, window, soft_cap, decay, bias, mask, sink_logits.
 
     Returns:
-      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros.
+      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros. With `return_lse`, also [B, T, N] float32.
     """
     check_layer(layer, state.num_layers)
     config = state.config
     check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
+    scoring = scoring_of(config, query, scale, options)
     count = as_counts("lengths", lengths, state.batch_size, query.shape[1])
     end = state.end if layer is None else state.end[layer]
-    position = (end - count)[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
-    position = jnp.where(position < end[:, None], position, -1)
-    partial = over_segments(segments(state, layer), query, position, scale, layer)
-    return unfold(softmax.normalize(partial), query)
+    index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    position = jnp.where(index < count[:, None], (end - count)[:, None] + index, -1)
+    partial = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer)
+    return finish([partial], scoring, query, return_lse)
+
+
+def scoring_of(config: KvCacheConfig, query: jax.Array, scale: ArrayLike | None, options: dict[str, Any]) -> Scoring:
+    """The options of one call, checked; the config's window where none is given."""
+    unknown = set(options) - {field.name for field in dataclasses.fields(Scoring)}
+    if unknown:
+        raise ValueError(f"unknown options {sorted(unknown)}: attention knows {[f.name for f in dataclasses.fields(Scoring)]}")
+    if options.get("window") is None:
+        options = {**options, "window": config.window}
+    scoring = Scoring(scale=query.shape[-1] ** -0.5 if scale is None else scale, **options)
+    scoring.check(query.shape[0], query.shape[2], query.shape[1])
+    return scoring
+
+
+def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_lse: bool) -> Any:
+    """Merges partials [B, K, G * T] with the learned sinks into outputs like `query` [B, T, N, H] (and their log-sum-exp [B, T, N])."""
+    merged = softmax.merge([*partials, scoring.sink_partial(partials[0].out.shape)] if scoring.sink_logits is not None else partials)
+    out = unfold(softmax.normalize(merged), query).astype(query.dtype)
+    return (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
 
 
 def over_segments(
-    parts: list[Segment], query: jax.Array, position: jax.Array, scale: ArrayLike | None, layer: Index
+    parts: list[Segment], query: jax.Array, position: jax.Array, scoring: Scoring, sink_tokens: int, layer: Index
 ) -> Partial:
     """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees nothing."""
     heads = parts[0].tier.keys.data.shape[-3]
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     size = query.shape[1]
 
-    def some(query: jax.Array, position: jax.Array) -> Partial:
-        folded = fold(query.astype(jnp.float32) * factor, heads)
+    def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
+        def visible(key: jax.Array) -> jax.Array:
+            return scoring.visible(position, key, sink_tokens)
 
-        def causal(key_position: jax.Array) -> jax.Array:
-            return key_position[:, None] <= position[..., None]  # [B, T, S]
+        def adjust(scores: jax.Array, key: jax.Array) -> jax.Array:
+            return scoring.adjust(scores, position, key)
 
-        newest = position.max(-1)
-        return softmax.merge([xla.partial_attention(p, folded, causal, newest, layer) for p in parts])
+        folded = fold(query.astype(jnp.float32) * scoring.scale, heads)
+        newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], jnp.iinfo(jnp.int32).max - 1)
+        change = adjust if scoring.changes_scores else None
+        return softmax.merge([xla.partial_attention(p, folded, visible, change, newest, layer) for p in parts])
 
     if size <= QUERY_BLOCK:
-        return some(query, position)
-    blocks = -(-size // QUERY_BLOCK)
-    pad = blocks * QUERY_BLOCK - size
-    queries = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    positions = jnp.pad(position, ((0, 0), (0, pad)), constant_values=-1)
-    split = [jnp.moveaxis(a.reshape(a.shape[0], blocks, QUERY_BLOCK, *a.shape[2:]), 1, 0) for a in (queries, positions)]
-    mapped = lax.map(lambda block: some(*block), tuple(split))
-    return jax.tree.map(lambda a: _joined(a, size), mapped)
+        return some(query, position, scoring)
+    starts = jnp.arange(0, size, QUERY_BLOCK, dtype=jnp.int32)
+    pad = [(0, 0), (0, -size % QUERY_BLOCK)]
+    query, position = jnp.pad(query, [*pad, (0, 0), (0, 0)]), jnp.pad(position, pad, constant_values=-1)
+    scoring = scoring.padded(pad[1][1])
+
+    def at(start: jax.Array) -> Partial:
+        return some(*(lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position)), scoring.block(start, QUERY_BLOCK))
+
+    return jax.tree.map(lambda a: _joined(a, size), lax.map(at, starts))
 
 
 def _joined(blocks: jax.Array, size: int) -> jax.Array:
     """[blocks, B, K, G * QUERY_BLOCK, ...] as [B, K, G * size, ...]."""
-    _, b, k, rows, *rest = blocks.shape
-    by_query = jnp.moveaxis(blocks.reshape(-1, b, k, rows // QUERY_BLOCK, QUERY_BLOCK, *rest), 0, 3)
+    count, b, k, rows, *rest = blocks.shape
+    by_query = jnp.moveaxis(blocks.reshape(count, b, k, rows // QUERY_BLOCK, QUERY_BLOCK, *rest), 0, 3)
     return by_query.reshape(b, k, rows // QUERY_BLOCK, -1, *rest)[:, :, :, :size].reshape(b, k, -1, *rest)
 
 
@@ -93,14 +123,14 @@ def fold(query: jax.Array, heads: int) -> jax.Array:
 
 
 def unfold(out: jax.Array, query: jax.Array) -> jax.Array:
-    """[B, K, G * T, H] as [B, T, N, H], in the query's dtype."""
-    b, t, n, h = query.shape
-    return jnp.moveaxis(out.reshape(b, out.shape[1], -1, t, h), 3, 1).reshape(b, t, n, h).astype(query.dtype)
+    """[B, K, G * T, X] as [B, T, N, X], given the query [B, T, N, H]."""
+    b, t, n, _ = query.shape
+    return jnp.moveaxis(out.reshape(b, out.shape[1], -1, t, out.shape[-1]), 3, 1).reshape(b, t, n, -1)
 
 
-def raw_segment(keys: jax.Array, values: jax.Array, count: jax.Array) -> Segment:
-    """The first `count` [B] of tokens [B, T, K, H] that no tier holds, at positions counted from the first of them."""
+def raw_segment(keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.Array) -> Segment:
+    """The first `count` [B] of tokens [B, T, K, H] that no tier holds yet, at positions base[b], base[b] + 1, ..."""
     size = keys.shape[1]
     spec = TierSpec("raw", size, size, 0, Precision.FP32, Precision.FP32)
-    tier = Tier(*(Tokens(jnp.swapaxes(x, 1, 2)) for x in (keys, values)))
-    return Segment(tier, spec, jnp.zeros_like(count), count)
+    tier = Tier(*(Tokens(jnp.swapaxes(x, 1, 2).astype(jnp.float32)) for x in (keys, values)))
+    return Segment(tier, spec, jnp.zeros_like(count), count, base)

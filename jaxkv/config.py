@@ -122,6 +122,7 @@ class KvCacheConfig:
       warm_length: tokens of an optional tier between tail and store, in `warm_precision`.
       key_quant, value_quant: recipes of the store that replace `store_precision`'s own.
       migration: when tokens leave a tier.
+      window: the default `window` of attention: queries see this many of the newest positions, and the sinks.
       rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots in every ring).
     """
 
@@ -140,6 +141,7 @@ class KvCacheConfig:
     value_quant: QuantSpec | None = None
     migration: Migration = Migration.EAGER
     rewind_length: int = 0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tail_precision", "store_precision", "warm_precision"):
@@ -227,6 +229,8 @@ def _check_sizes(config: KvCacheConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < (name in positive):
             raise ValueError(f"{name}={value!r}: must be an int of at least {int(name in positive)}")
+    if config.window is not None and (not isinstance(config.window, int) or config.window < 1):
+        raise ValueError(f"window={config.window!r}: must be None or an int of at least 1")
     if config.head_dim % 8:
         raise ValueError(f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros")
     least = config.tail_length + config.warm_length + config.sink_tokens

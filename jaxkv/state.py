@@ -115,6 +115,7 @@ class Segment:
     spec: TierSpec
     low: jax.Array
     high: jax.Array
+    base: jax.Array | None = None  # [B]: added to a position here to make it the row's own
 
 
 def segments(state: CacheState, layer: Index = None) -> list[Segment]:

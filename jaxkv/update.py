@@ -7,6 +7,7 @@ and new place, quantized where they arrive. Donate the state (`jax.jit(step, don
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxkv import ring, softmax, tokens
-from jaxkv.attend import over_segments, raw_segment, unfold
+from jaxkv import ring, tokens
+from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, is_concrete
 from jaxkv.config import Format, KvCacheConfig, TierSpec
 from jaxkv.state import CacheState, Status, Tier, segments
@@ -79,27 +80,30 @@ def prefill(
     *,
     scale: ArrayLike | None = None,
     layer: Index = None,
-) -> tuple[CacheState, jax.Array]:
+    return_lse: bool = False,
+    **options: Any,
+) -> tuple[CacheState, Any]:
     """Attention of a prompt over its own raw keys and values and all that the cache held, then `append`.
 
     Args:
       query: [B, T, N, H]; keys, values: [B, T, K, H]; lengths: [B], valid tokens of each row.
+      **options: as for `attend`.
 
     Returns:
-      The new state, and the outputs [B, T, N, H] in the query's dtype: causal, exact on the prompt; zeros for queries beyond `lengths`.
+      The new state, and what `attend` returns: causal, exact on the prompt, zeros for queries beyond `lengths`.
     """
     config = state.config
     check_layer(layer, state.num_layers)
     check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1])
+    scoring = scoring_of(config, query, scale, options)
     count = as_counts("lengths", lengths, state.batch_size, query.shape[1])
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    position = jnp.where(index < count[:, None], index, -1)
-    absolute = jnp.where(position < 0, -1, position + end[:, None])
-    held = over_segments(segments(state, layer), query, absolute, scale, layer)
-    new = over_segments([raw_segment(keys, values, count)], query, position, scale, None)
-    out = unfold(softmax.normalize(softmax.merge([held, new])), query)
+    position = jnp.where(index < count[:, None], end[:, None] + index, -1)
+    held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer)
+    new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None)
+    out = finish([held, new], scoring, query, return_lse)
     return append(state, keys, values, count, layer=layer), out
 
 

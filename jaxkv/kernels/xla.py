@@ -26,13 +26,19 @@ BLOCK = 256
 Visible = Callable[[jax.Array], jax.Array]
 """positions [B, S] -> bool [B, T, S]: which tokens each query may look at."""
 
+Adjust = Callable[[jax.Array, jax.Array], jax.Array]
+"""(scores [B, K, G, T, S], positions [B, S]) -> scores."""
 
-def partial_attention(part: Segment, query: jax.Array, visible: Visible, newest: jax.Array, layer: Index) -> Partial:
+
+def partial_attention(
+    part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index
+) -> Partial:
     """Attention of scaled queries over the tokens of one tier.
 
     Args:
       query: [B, K, R, H] float32, R the queries that share a kv head.
       visible: which positions the T queries may look at; R = G * T, queries of one head together.
+      adjust: what else is done to scores, or None.
       newest: [B] int32, a position that no query looks beyond.
 
     Returns:
@@ -51,10 +57,12 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, newest:
         slot = start + jnp.arange(size, dtype=jnp.int32)[None]
         position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
         valid = (position >= part.low[:, None]) & (slot >= index * size)
+        own = position if part.base is None else position + part.base[:, None]
         # Without the barrier the masks' integer divisions are computed again for every score (20 times the cost of the exp).
-        valid, seen = lax.optimization_barrier((valid, visible(position) & valid[:, None]))
+        valid, seen = lax.optimization_barrier((valid, visible(own) & valid[:, None]))
         scores = key.scores(operand, tokens.block(tier.keys, spec.key, start, size, layer))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
+        by_query = by_query if adjust is None else adjust(by_query, own)
         scores = jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
         new_top = jnp.maximum(top, scores.max(-1))
         weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)[..., None]
@@ -77,6 +85,7 @@ def _block_size(capacity: int, group: int) -> int:
 def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The blocks [first, stop) that hold any row's positions in [low, min(high, newest + 1))."""
     offset, capacity = part.spec.offset, part.spec.capacity
+    newest = newest if part.base is None else newest - part.base
     low, high = part.low - offset, jnp.maximum(jnp.minimum(part.high, newest + 1), part.low) - offset
     # Slots are contiguous unless the range passes the ring's seam; an empty range asks for nothing.
     seam = low // capacity != (high - 1) // capacity

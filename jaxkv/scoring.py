@@ -1,0 +1,118 @@
+"""What a query may look at, and what is done to its scores: causality, windows, caps, decay, biases, masks, sink logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxkv import softmax
+from jaxkv.softmax import Partial
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The options of attention, all combinable. Applied in this order: scale, soft cap, decay and bias, then the masks.
+
+    Attributes:
+      scale: of the scores; default H**-0.5.
+      causal: a query sees its own position and those before it. False for cross-attention: every token held.
+      window: a query sees the newest `window` positions up to its own, and the sinks besides (StreamingLLM).
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
+      decay: rate, or rates [N]: `-rate * age` is added, age in tokens (ALiBi).
+      bias: [B or 1, N or 1, T, P] float, added to the scores of position p < P; 0 beyond P.
+      mask: [B or 1, N or 1, T, P] bool, True where position p may be seen; positions beyond P may.
+      sink_logits: [N] learned logits that join the softmax's denominator (gpt-oss).
+    """
+
+    scale: ArrayLike | None = None
+    causal: bool = True
+    window: ArrayLike | None = None
+    soft_cap: float | None = None
+    decay: ArrayLike | None = None
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    sink_logits: jax.Array | None = None
+
+    def check(self, batch: int, heads: int, queries: int) -> None:
+        """Refuses options of the wrong shape or sign."""
+        for name in ("bias", "mask"):
+            _check_by_position(name, getattr(self, name), batch, heads, queries)
+        if self.mask is not None and self.mask.dtype != jnp.bool_:
+            raise ValueError(f"mask.dtype={self.mask.dtype}: must be bool; pass numbers as `bias`")
+        if isinstance(self.window, int) and self.window < 1:
+            raise ValueError(f"window={self.window}: must be at least 1 token")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap={self.soft_cap}: must be positive")
+        if self.decay is not None and jnp.shape(self.decay) not in ((), (heads,)):
+            raise ValueError(f"decay has shape {jnp.shape(self.decay)}: must be a scalar or [N] = [{heads}]")
+        if self.sink_logits is not None and self.sink_logits.shape != (heads,):
+            raise ValueError(f"sink_logits.shape={self.sink_logits.shape}: must be [N] = [{heads}]")
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether `adjust` does anything."""
+        return any(option is not None for option in (self.soft_cap, self.decay, self.bias, self.mask))
+
+    def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
+        """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool [B, T, S]."""
+        query, key = query[:, :, None], key[:, None]
+        seen = (query >= key) if self.causal else (query >= 0) & (key >= 0)
+        if self.window is not None:
+            seen &= (query - key < self.window) | (key < sink_tokens)
+        return seen
+
+    def adjust(self, scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Scores [B, K, G, T, S] of queries at [B, T] and keys at [B, S] with cap, decay and bias; -inf where masked."""
+        heads = scores.shape[1:3]
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        if self.decay is not None:
+            rates = jnp.broadcast_to(jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)).reshape(*heads, 1, 1)
+            age = (query[:, :, None] - key[:, None]).astype(jnp.float32)
+            scores = scores - rates * age[:, None, None]
+        if self.bias is not None:
+            scores = scores + _by_position(self.bias.astype(jnp.float32), key, heads, 0.0)
+        if self.mask is not None:
+            scores = jnp.where(_by_position(self.mask, key, heads, True), scores, -jnp.inf)
+        return scores
+
+    def padded(self, count: int) -> Scoring:
+        """The options with `count` more queries, about which bias and mask say nothing."""
+        pad = [(0, 0), (0, 0), (0, count), (0, 0)]
+        found = {name: getattr(self, name) for name in ("bias", "mask") if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{name: jnp.pad(array, pad) for name, array in found.items()})
+
+    def block(self, start: jax.Array, size: int) -> Scoring:
+        """The options for queries [start, start + size) only."""
+        cut = {name: getattr(self, name) for name in ("bias", "mask") if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{n: jax.lax.dynamic_slice_in_dim(a, start, size, 2) for n, a in cut.items()})
+
+    def sink_partial(self, shape: tuple[int, ...]) -> Partial:
+        """The learned logits as a Partial [B, K, G * T] of a token whose value is zero; without them, nothing."""
+        b, k, rows, h = shape
+        if self.sink_logits is None:
+            return softmax.empty((b, k, rows), h)
+        logits = jnp.asarray(self.sink_logits, jnp.float32).reshape(1, k, -1, 1)
+        top = jnp.broadcast_to(logits, (b, k, logits.shape[2], rows // logits.shape[2])).reshape(b, k, rows)
+        return Partial(jnp.zeros(shape), top, jnp.ones_like(top))
+
+
+def _check_by_position(name: str, array: jax.Array | None, batch: int, heads: int, queries: int) -> None:
+    if array is None:
+        return
+    wanted = ((1, batch), (1, heads), (queries,))
+    if array.ndim != 4 or any(size not in sizes for size, sizes in zip(array.shape, wanted, strict=False)):
+        raise ValueError(f"{name}.shape={array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, N={heads}, T={queries}")
+
+
+def _by_position(table: jax.Array, key: jax.Array, heads: tuple[int, ...], beyond: float | bool) -> jax.Array:
+    """[B or 1, N or 1, T, P] looked up at positions [B, S] -> [B, K or 1, G or 1, T, S]."""
+    size = table.shape[-1]
+    table = jnp.broadcast_to(table, (key.shape[0], *table.shape[1:]))
+    found = jnp.take_along_axis(table, jnp.clip(key, 0, size - 1)[:, None, None], axis=3)
+    found = jnp.where((key < size)[:, None, None], found, beyond)
+    grouped = heads if found.shape[1] > 1 else (1, 1)
+    return found.reshape(found.shape[0], *grouped, *found.shape[2:])
