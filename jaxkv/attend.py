@@ -77,9 +77,7 @@ def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_l
     return (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
 
 
-def over_segments(
-    parts: list[Segment], query: jax.Array, position: jax.Array, scoring: Scoring, sink_tokens: int, layer: Index
-) -> Partial:
+def over_segments(parts: list[Segment], query: jax.Array, position: jax.Array, scoring: Scoring, sink_tokens: int, layer: Index) -> Partial:
     """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees nothing."""
     heads = parts[0].tier.keys.data.shape[-3]
     size = query.shape[1]
@@ -104,9 +102,11 @@ def over_segments(
     scoring = scoring.padded(pad[1][1])
 
     def at(start: jax.Array) -> Partial:
-        return some(*(lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position)), scoring.block(start, QUERY_BLOCK))
+        queries, positions = (lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position))
+        return some(queries, positions, scoring.block(start, QUERY_BLOCK))
 
-    return jax.tree.map(lambda a: _joined(a, size), lax.map(at, starts))
+    blocks: Partial = lax.map(at, starts)
+    return Partial(*(_joined(array, size) for array in (blocks.out, blocks.max, blocks.sum)))
 
 
 def _joined(blocks: jax.Array, size: int) -> jax.Array:

@@ -58,6 +58,8 @@ def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None)
     Raises ValueError for other shapes and dtypes and, where concrete, for values below 0 or above `most`.
     """
     if counts is None:
+        if most is None:
+            raise ValueError(f"{name}=None: pass an int, or ints [{batch}], one per row")
         return jnp.full((batch,), most, jnp.int32)
     given = counts if isinstance(counts, jax.Array) else np.asarray(counts)
     if given.shape not in ((), (batch,)) or not jnp.issubdtype(given.dtype, jnp.integer):

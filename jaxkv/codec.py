@@ -12,7 +12,6 @@ multiply-add rounds as its parts do. What is stored therefore does not depend on
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -23,7 +22,7 @@ from jaxkv.config import QuantSpec
 SCALE_DTYPE = jnp.float16
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero_point"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """Quantized tokens on their way into or out of a tier, group axes beside their elements."""

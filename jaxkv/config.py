@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 
-class Precision(str, enum.Enum):
+class Precision(enum.StrEnum):
     """How the tokens of a tier are held: three float formats and four quantized ones."""
 
     FP32 = "fp32"
@@ -34,7 +34,7 @@ class Precision(str, enum.Enum):
 _FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 
 
-class Migration(str, enum.Enum):
+class Migration(enum.StrEnum):
     """When tokens leave a tier that is not the last one.
 
     EAGER: one by one, as soon as the tier holds more than its length (the original's counts).

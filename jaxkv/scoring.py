@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
@@ -17,7 +19,7 @@ class Scoring:
     """The options of attention, all combinable. Applied in this order: scale, soft cap, decay and bias, then the masks.
 
     Attributes:
-      scale: of the scores; default H**-0.5.
+      scale: of the scores (`attend` passes H**-0.5 unless told otherwise).
       causal: a query sees its own position and those before it. False for cross-attention: every token held.
       window: a query sees the newest `window` positions up to its own, and the sinks besides (StreamingLLM).
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
@@ -27,7 +29,7 @@ class Scoring:
       sink_logits: [N] learned logits that join the softmax's denominator (gpt-oss).
     """
 
-    scale: ArrayLike | None = None
+    scale: ArrayLike = 1.0
     causal: bool = True
     window: ArrayLike | None = None
     soft_cap: float | None = None
@@ -81,14 +83,15 @@ class Scoring:
 
     def padded(self, count: int) -> Scoring:
         """The options with `count` more queries, about which bias and mask say nothing."""
-        pad = [(0, 0), (0, 0), (0, count), (0, 0)]
-        found = {name: getattr(self, name) for name in ("bias", "mask") if getattr(self, name) is not None}
-        return dataclasses.replace(self, **{name: jnp.pad(array, pad) for name, array in found.items()})
+        return self._with_tables(lambda table: jnp.pad(table, [(0, 0), (0, 0), (0, count), (0, 0)]))
 
     def block(self, start: jax.Array, size: int) -> Scoring:
         """The options for queries [start, start + size) only."""
-        cut = {name: getattr(self, name) for name in ("bias", "mask") if getattr(self, name) is not None}
-        return dataclasses.replace(self, **{n: jax.lax.dynamic_slice_in_dim(a, start, size, 2) for n, a in cut.items()})
+        return self._with_tables(lambda table: lax.dynamic_slice_in_dim(table, start, size, 2))
+
+    def _with_tables(self, change: Callable[[jax.Array], jax.Array]) -> Scoring:
+        bias, mask = (table if table is None else change(table) for table in (self.bias, self.mask))
+        return dataclasses.replace(self, bias=bias, mask=mask)
 
     def sink_partial(self, shape: tuple[int, ...]) -> Partial:
         """The learned logits as a Partial [B, K, G * T] of a token whose value is zero; without them, nothing."""

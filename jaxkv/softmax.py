@@ -13,7 +13,7 @@ FLOOR = -1e30
 """The least maximum. Finite, so that `exp(-inf - FLOOR)` is 0 and never NaN where nothing is visible."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["out", "max", "sum"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Partial:
     """Attention over a part of the tokens: `out = sum_s exp(score_s - max) value_s`, `sum = sum_s exp(score_s - max)`."""

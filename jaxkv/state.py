@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from typing import Any
 
 import jax
@@ -25,16 +24,16 @@ class Status(enum.IntFlag):
     REWIND_CUTS_GROUP = 4
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tier:
+    """Keys and values of one tier."""
+
     keys: Tokens
     values: Tokens
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["sinks", "tiers", "end", "kept", "status"], meta_fields=["config"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
@@ -47,7 +46,7 @@ class CacheState:
     end: jax.Array  # [B] or [L, B] int32: the next position
     kept: jax.Array  # [B, n] or [L, B, n] int32: first position still present in each tier's ring
     status: jax.Array  # [B] or [L, B] int32: Status bits, sticky
-    config: KvCacheConfig
+    config: KvCacheConfig = dataclasses.field(metadata={"static": True})
 
     @property
     def begin(self) -> jax.Array:
@@ -84,11 +83,7 @@ def init(config: KvCacheConfig, batch_size: int = 1, num_layers: int | None = No
     return CacheState(sinks, tiers, zeros, kept, jnp.zeros_like(zeros), config)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["total_tokens", "tail_tokens", "store_tokens", "tail_bytes", "store_bytes", "compression_ratio", "sink_tokens", "warm_tokens"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KvCacheStats:
     """What is held now. Token counts are int32 [B] (or [L, B]); bytes and ratio are float32 over all rows and layers.
@@ -143,9 +138,7 @@ def stats(state: CacheState) -> KvCacheStats:
     tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]
     fp16 = total.sum() * (2.0 * 2 * state.config.num_kv_heads * state.config.head_dim)
     ratio = jnp.where(total.sum() > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
-    return KvCacheStats(
-        total, tokens_of["hot"], tokens_of["cold"], tail, store, ratio, tokens_of["sinks"], tokens_of["warm"]
-    )
+    return KvCacheStats(total, tokens_of["hot"], tokens_of["cold"], tail, store, ratio, tokens_of["sinks"], tokens_of["warm"])
 
 
 def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:

@@ -15,7 +15,6 @@ Scales have their slots last, as the scores that they multiply.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -27,10 +26,8 @@ from jaxkv.config import Format, Precision, QuantSpec, channel_group
 
 Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
 
-_FIELDS = ["data", "scale", "zero_point", "mean"]
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Keys or values of one tier; see the module for the layout. None where the format has no such array."""

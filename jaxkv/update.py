@@ -23,9 +23,7 @@ from jaxkv.state import CacheState, Status, Tier, segments
 from jaxkv.tokens import Index, Tokens
 
 
-def append(
-    state: CacheState, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None
-) -> CacheState:
+def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None) -> CacheState:
     """Appends tokens, migrates what leaves a tier and evicts what no longer fits.
 
     Appending T tokens gives the same bits as T appends of one.
