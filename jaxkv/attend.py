@@ -17,7 +17,7 @@ from jaxkv.kernels import xla
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
-from jaxkv.tokens import Index, Tokens
+from jaxkv.tokens import Index, Tokens, basis_of
 
 QUERY_BLOCK = 128
 """Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""
@@ -86,13 +86,22 @@ def over_segments(parts: list[Segment], query: jax.Array, position: jax.Array, s
         def visible(key: jax.Array) -> jax.Array:
             return scoring.visible(position, key, sink_tokens)
 
-        def adjust(scores: jax.Array, key: jax.Array) -> jax.Array:
-            return scoring.adjust(scores, position, key)
+        def over(part: Segment) -> Partial:
+            key_basis = basis_of(part.tier.keys, part.spec.key, layer)
+            value_basis = basis_of(part.tier.values, part.spec.value, layer)
+            lacking = key_basis.mean_score(folded)
+
+            def adjust(scores: jax.Array, key: jax.Array) -> jax.Array:
+                scores = scores if lacking is None else scores + lacking.reshape(*scores.shape[:4], 1)
+                return scoring.adjust(scores, position, key)
+
+            change = adjust if scoring.changes_scores or lacking is not None else None
+            found = xla.partial_attention(part.codes_only(), key_basis.query(folded), visible, change, newest, layer)
+            return Partial(value_basis.output(found.out, found.sum), found.max, found.sum)
 
         folded = fold(query.astype(jnp.float32) * scoring.scale, heads)
         newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], jnp.iinfo(jnp.int32).max - 1)
-        change = adjust if scoring.changes_scores else None
-        return softmax.merge([xla.partial_attention(p, folded, visible, change, newest, layer) for p in parts])
+        return softmax.merge([over(part) for part in parts])
 
     if size <= QUERY_BLOCK:
         return some(query, position, scoring)

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxkv.config import QuantSpec
 
@@ -145,3 +146,49 @@ def _butterfly(x: jax.Array, block: int) -> jax.Array:
         x = jnp.stack([even + odd, even - odd], axis=-2).reshape(shape)
         half *= 2
     return x
+
+
+def mirror_of(mean: jax.Array) -> jax.Array:
+    """The vector v [..., H] whose reflection turns the direction of `mean` [..., H] into that of a constant vector; 0 for a mean of 0.
+
+    Its elements have 11 significant bits, as `reflect_exactly` needs.
+    """
+    most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
+    whole = jnp.round(mean * (127 / jnp.where(most > 0, most, 1.0)))  # small integers: sums of their squares are exact
+    norm = jnp.sqrt(jnp.sum(whole * whole, axis=-1, keepdims=True))
+    side = jnp.where(jnp.sum(whole, axis=-1, keepdims=True) < 0, -1.0, 1.0)
+    v = side * whole / jnp.where(norm > 0, norm, 1.0) - mean.shape[-1] ** -0.5
+    return jnp.where(norm > 0, v.astype(jnp.float16).astype(jnp.float32), 0.0)
+
+
+def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
+    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (any length; 0 leaves x as it is). Its own inverse."""
+    return x - v * (_per_square(v) * jnp.sum(x * v, axis=-1, keepdims=True))
+
+
+def reflect_exactly(x: jax.Array, v: jax.Array) -> jax.Array:
+    """`reflect` with the same bits in every program: factors are cut to 12 significant bits, so that no product is ever rounded.
+
+    What is cut changes the result by less than 2**-11 of the token's size, far below a quantization step.
+    """
+    return x - v * _cut(_per_square(v) * tree_sum(_cut(x) * v, -1))
+
+
+def _per_square(v: jax.Array) -> jax.Array:
+    square = tree_sum(v * v, -1)
+    return jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
+
+
+def _cut(x: jax.Array) -> jax.Array:
+    """Floats without the last 12 of their 24 significant bits."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
+
+
+def tree_sum(x: jax.Array, axis: int) -> jax.Array:
+    """The sum along an axis, kept with size 1, added in one fixed order whatever surrounds it."""
+    x = jnp.moveaxis(x, axis, -1)
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return jnp.moveaxis(x, -1, axis)

@@ -59,7 +59,9 @@ class QuantSpec:
       symmetric: no zero point; codes are centred on zero.
       rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries and outputs are rotated
         once per step; stored tokens never are.
-      center: subtract each channel's mean over the first tokens of the row before quantizing.
+      align: an orthogonal reflection turns the mean of the row's first tokens into a constant vector, which the zero point absorbs. It
+        takes the large common component out of keys (and any bias of the key projection) at no bits and no cost per token.
+      center: subtract a mean that the caller gives to `init` (a key bias known beforehand).
     """
 
     bits: int
@@ -67,6 +69,7 @@ class QuantSpec:
     axis: str = "token"
     symmetric: bool = False
     rotate: bool = False
+    align: bool = False
     center: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class QuantSpec:
             raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size}: must be positive, or None for the default")
+        if self.align and (self.symmetric or self.axis == "channel"):
+            raise ValueError("align=True needs a zero point per token: leave symmetric=False and axis='token'")
 
     @property
     def codes_per_byte(self) -> int:
@@ -85,12 +90,21 @@ class QuantSpec:
 Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
 
 
+def unaligned(fmt: Format) -> Format:
+    return dataclasses.replace(fmt, align=False) if isinstance(fmt, QuantSpec) else fmt
+
+
 def channel_group(fmt: Format) -> int:
     """Tokens that share a scale in `fmt`, and so must enter a tier together (1: each stands alone)."""
     if isinstance(fmt, QuantSpec) and fmt.axis == "channel":
         assert fmt.group_size is not None
         return fmt.group_size
     return 1
+
+
+def plain(fmt: Format) -> Format:
+    """The format of the codes alone, whatever basis they are in."""
+    return dataclasses.replace(fmt, rotate=False, align=False, center=False) if isinstance(fmt, QuantSpec) else fmt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +187,8 @@ class KvCacheConfig:
     def chain(self) -> tuple[TierSpec, ...]:
         """The tiers, newest first. A tier that can hold nothing is left out."""
         store_length = self.room - self.tail_length - self.warm_length
-        tail = self._format(self.tail_precision)
-        warm = self._format(self.warm_precision)
+        # Only the last tier aligns: what leaves a tier must have the same bits in every program, and a general reflection has not.
+        tail, warm = (unaligned(self._format(precision)) for precision in (self.tail_precision, self.warm_precision))
         store = self._format(self.store_precision)
         wanted = [
             ("hot", self.tail_length, tail, tail),
@@ -210,9 +224,9 @@ class KvCacheConfig:
 
 _DEFAULT_SPECS = {
     Precision.Q8: QuantSpec(8),
-    Precision.Q4: QuantSpec(4, rotate=True),
-    Precision.Q4K: QuantSpec(4, rotate=True),
-    Precision.Q2: QuantSpec(2, rotate=True),
+    Precision.Q4: QuantSpec(4, rotate=True, align=True),
+    Precision.Q4K: QuantSpec(4, rotate=True, align=True),
+    Precision.Q2: QuantSpec(2, rotate=True, align=True),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxkv import ring, tokens
 from jaxkv.checks import check_layer
-from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.config import Format, KvCacheConfig, QuantSpec, TierSpec, plain
 from jaxkv.tokens import Index, Tokens
 
 
@@ -62,10 +62,19 @@ class CacheState:
         return self.end.shape[0] if self.end.ndim == 2 else None
 
 
-def init(config: KvCacheConfig, batch_size: int = 1, num_layers: int | None = None) -> CacheState:
+def init(
+    config: KvCacheConfig,
+    batch_size: int = 1,
+    num_layers: int | None = None,
+    *,
+    key_mean: jax.Array | None = None,
+    value_mean: jax.Array | None = None,
+) -> CacheState:
     """An empty cache; all arrays are allocated here and keep their shapes for ever.
 
-    With `num_layers`, every array has a leading axis L, and `append`, `attend` and `prefill` take `layer=`.
+    Args:
+      num_layers: every array gets a leading axis L, and `append`, `attend` and `prefill` take `layer=`.
+      key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before they quantize.
     """
     for name, size in (("batch_size", batch_size), ("num_layers", num_layers)):
         if size is not None and (not isinstance(size, int) or size < 1):
@@ -80,7 +89,24 @@ def init(config: KvCacheConfig, batch_size: int = 1, num_layers: int | None = No
     tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
     zeros = jnp.zeros(lead, jnp.int32)
     kept = jnp.full((*lead, len(tiers)), config.sink_tokens, jnp.int32)
-    return CacheState(sinks, tiers, zeros, kept, jnp.zeros_like(zeros), config)
+    state = CacheState(sinks, tiers, zeros, kept, jnp.zeros_like(zeros), config)
+    return _with_means(state, key_mean, value_mean)
+
+
+def _with_means(state: CacheState, key_mean: jax.Array | None, value_mean: jax.Array | None) -> CacheState:
+    def given(held: Tokens, name: str, mean: jax.Array | None) -> Tokens:
+        if held.mean is None or mean is None:
+            return held
+        wanted = (*state.end.shape[:-1], *held.mean.shape[-2:])
+        if jnp.shape(mean) != wanted:
+            raise ValueError(f"{name} has shape {jnp.shape(mean)}: must be {wanted}")
+        return dataclasses.replace(held, mean=jnp.broadcast_to(jnp.expand_dims(mean, -3), held.mean.shape).astype(jnp.float32))
+
+    if not any(isinstance(f, QuantSpec) and f.center for spec in state.config.chain for f in (spec.key, spec.value)):
+        if key_mean is not None or value_mean is not None:
+            raise ValueError("a mean was given, but no tier uses it: set center=True in key_quant or value_quant")
+    tiers = tuple(Tier(given(t.keys, "key_mean", key_mean), given(t.values, "value_mean", value_mean)) for t in state.tiers)
+    return dataclasses.replace(state, tiers=tiers)
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +137,12 @@ class Segment:
     low: jax.Array
     high: jax.Array
     base: jax.Array | None = None  # [B]: added to a position here to make it the row's own
+
+    def codes_only(self) -> Segment:
+        """The same codes without their basis, for kernels: they multiply codes, and know nothing of means and rotations."""
+        keys, values = (dataclasses.replace(t, mean=None, mirror=None) for t in (self.tier.keys, self.tier.values))
+        spec = dataclasses.replace(self.spec, key=plain(self.spec.key), value=plain(self.spec.value))
+        return dataclasses.replace(self, tier=Tier(keys, values), spec=spec)
 
 
 def segments(state: CacheState, layer: Index = None) -> list[Segment]:

@@ -6,7 +6,7 @@ Layout (B rows, K kv heads, S slots, H head dim; [L, ...] in front where a state
                      them the whole buffer, to float32 (40 ms an append at 16k tokens); integers stay as they are
     quantized tiers  data [B, K, S, W] int8 words (`codec.pack`), W = H * bits // 8
                      scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis [B, K, S // group, H]; float16
-                     mean [B, K, H] float32 where the spec centres
+                     mean, mirror [B, K, H] float32 where the spec centres or aligns
 
 Head-major because a block of one head's tokens is then one contiguous read: on CPU the token-major [B, S, K, W] was six times as slow.
 Scales have their slots last, as the scores that they multiply.
@@ -36,6 +36,7 @@ class Tokens:
     scale: jax.Array | None = None
     zero_point: jax.Array | None = None
     mean: jax.Array | None = None
+    mirror: jax.Array | None = None
 
 
 def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
@@ -44,8 +45,8 @@ def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
         return Tokens(_array((heads, capacity, head_dim), "int16" if fmt is Precision.BF16 else fmt.dtype_name))
     data = _array((heads, capacity, head_dim // fmt.codes_per_byte), jnp.int8)
     scale = _array(_scale_shape(fmt, heads, capacity, head_dim), codec.SCALE_DTYPE)
-    mean = _array((heads, head_dim), jnp.float32)
-    return Tokens(data, scale, None if fmt.symmetric else scale, mean if fmt.center else None)
+    row = _array((heads, head_dim), jnp.float32)
+    return Tokens(data, scale, None if fmt.symmetric else scale, row if fmt.center else None, row if fmt.align else None)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -67,25 +68,84 @@ def _scale_shape(spec: QuantSpec, heads: int, capacity: int, head_dim: int) -> t
 Encoded = codec.Quantized | jax.Array  # what a tier stores of some tokens: codes, or floats [B, T, K, H]
 
 
-def encode(fmt: Format, x: jax.Array, mean: jax.Array | None = None) -> Encoded:
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """The basis in which a quantized tier holds its tokens: `mean` is subtracted, then a Hadamard transform and a reflection applied.
+
+    Orthogonal but for the mean, so queries are turned once per step and tokens never back.
+    """
+
+    fmt: Format
+    mean: jax.Array | None = None  # [B, K, H]
+    mirror: jax.Array | None = None  # [B, K, H], see `codec.mirror_of`
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """Tokens [B, T, K, H] float32, to be quantized. The same bits in every program."""
+        x = x if self.mean is None else x - self.mean[:, None]
+        x = codec.hadamard(x) if self._rotates else x
+        return x if self.mirror is None else codec.reflect_exactly(x, self.mirror[:, None])
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The inverse of `enter`."""
+        x = self._turn_back(x, None if self.mirror is None else self.mirror[:, None])
+        return x if self.mean is None else x + self.mean[:, None]
+
+    def query(self, query: jax.Array) -> jax.Array:
+        """Queries [B, K, R, H] so that their products with tokens in this basis are those with `token - mean`."""
+        query = codec.inverse_hadamard(query) if self._rotates else query
+        return query if self.mirror is None else codec.reflect(query, self.mirror[:, :, None])
+
+    def output(self, out: jax.Array, total: jax.Array) -> jax.Array:
+        """Sums of values [B, K, R, H] with weights that add up to `total` [B, K, R], back among raw tokens."""
+        out = self._turn_back(out, None if self.mirror is None else self.mirror[:, :, None])
+        return out if self.mean is None else out + total[..., None] * self.mean[:, :, None]
+
+    def mean_score(self, query: jax.Array) -> jax.Array | None:
+        """The score [B, K, R, 1] of the mean, which the products with tokens in this basis lack."""
+        return None if self.mean is None else jnp.sum(query * self.mean[:, :, None], axis=-1, keepdims=True)
+
+    @property
+    def _rotates(self) -> bool:
+        return isinstance(self.fmt, QuantSpec) and self.fmt.rotate
+
+    def _turn_back(self, x: jax.Array, mirror: jax.Array | None) -> jax.Array:
+        x = x if mirror is None else codec.reflect(x, mirror)
+        return codec.inverse_hadamard(x) if self._rotates else x
+
+
+def mean_of(tokens: Tokens, layer: Index) -> jax.Array | None:
+    return tokens.mean if tokens.mean is None or layer is None else tokens.mean[layer]
+
+
+def basis_of(tokens: Tokens, fmt: Format, layer: Index) -> Basis:
+    """The basis of one layer's tokens."""
+    mean, mirror = (array if array is None or layer is None else array[layer] for array in (tokens.mean, tokens.mirror))
+    return Basis(fmt, mean, mirror)
+
+
+def new_mirror(tokens: Tokens, fmt: Format, first: jax.Array, where: jax.Array, layer: Index) -> jax.Array:
+    """The tokens' mirrors, those of rows `where` [B] made anew from some of their first tokens [B, n, K, H]."""
+    old = basis_of(tokens, fmt, layer)
+    assert tokens.mirror is not None and old.mirror is not None
+    total = codec.tree_sum(dataclasses.replace(old, mirror=None).enter(first.astype(jnp.float32)), 1)[:, 0]
+    mirror = jnp.where(where[:, None, None], codec.mirror_of(total), old.mirror)
+    return mirror if layer is None else tokens.mirror.at[layer].set(mirror)
+
+
+def encode(basis: Basis, x: jax.Array) -> Encoded:
     """Tokens [B, T, K, H] in a tier's format; channel groups must be whole."""
-    if isinstance(fmt, Precision):
-        x = x.astype(fmt.dtype_name)
-        return lax.bitcast_convert_type(x, jnp.int16) if fmt is Precision.BF16 else x
-    x = x.astype(jnp.float32)
-    if mean is not None:
-        x = x - mean[:, None]
-    return codec.quantize(fmt, codec.hadamard(x) if fmt.rotate else x)
+    if isinstance(basis.fmt, QuantSpec):
+        return codec.quantize(basis.fmt, basis.enter(x.astype(jnp.float32)))
+    x = x.astype(basis.fmt.dtype_name)
+    return lax.bitcast_convert_type(x, jnp.int16) if basis.fmt is Precision.BF16 else x
 
 
-def decode(fmt: Format, encoded: Encoded, mean: jax.Array | None = None) -> jax.Array:
+def decode(basis: Basis, encoded: Encoded) -> jax.Array:
     """The tokens [B, T, K, H] float32 that `encoded` stands for."""
     if isinstance(encoded, jax.Array):
         return floats(encoded)
-    assert isinstance(fmt, QuantSpec)
-    x = codec.dequantize(fmt, encoded)
-    x = codec.inverse_hadamard(x) if fmt.rotate else x
-    return x if mean is None else x + mean[:, None]
+    assert isinstance(basis.fmt, QuantSpec)
+    return basis.leave(codec.dequantize(basis.fmt, encoded))
 
 
 def floats(data: jax.Array) -> jax.Array:
@@ -108,22 +168,18 @@ def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer
     codes, scale, zero_point = _arrays(encoded)
     data, place = put(tokens.data, codes, _data_place(slots, layer)), _scale_place(fmt, slots, layer)
     assert data is not None
-    return Tokens(data, put(tokens.scale, scale, place), put(tokens.zero_point, zero_point, place), tokens.mean)
+    scale, zero_point = put(tokens.scale, scale, place), put(tokens.zero_point, zero_point, place)
+    return dataclasses.replace(tokens, data=data, scale=scale, zero_point=zero_point)
 
 
 def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
     """The tokens [B, T, K, H] float32 in `slots` [B, T]; channel groups must be whole."""
     data = tokens.data[_data_place(slots, layer)]
     if tokens.scale is None:
-        return decode(fmt, data)
+        return floats(data)
     place = _scale_place(fmt, slots, layer)
     zero_point = None if tokens.zero_point is None else tokens.zero_point[place]
-    return decode(fmt, codec.Quantized(data, tokens.scale[place], zero_point), mean_of(tokens, layer))
-
-
-def mean_of(tokens: Tokens, layer: Index) -> jax.Array | None:
-    """The channel means [B, K, H] of one layer, or None."""
-    return tokens.mean if tokens.mean is None or layer is None else tokens.mean[layer]
+    return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, tokens.scale[place], zero_point))
 
 
 def _arrays(encoded: Encoded) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -167,4 +223,4 @@ def block(tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index
     axis = 3 if group == 1 else 2
     data = cut(tokens.data, 2, 1)
     assert data is not None
-    return Tokens(data, cut(tokens.scale, axis, group), cut(tokens.zero_point, axis, group), None)
+    return Tokens(data, cut(tokens.scale, axis, group), cut(tokens.zero_point, axis, group))

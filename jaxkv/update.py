@@ -7,6 +7,7 @@ and new place, quantized where they arrive. Donate the state (`jax.jit(step, don
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,13 +46,18 @@ def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: Array
     new_low = ring.starts(config, new_end, kept)
 
     new = _Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
-    first = _store(config, state.tiers[0], config.chain[0], new, layer)
+    entering = (new.first == config.sink_tokens) & (new_end > config.sink_tokens)
+    aligned = _aligned(state.tiers[0], config.chain[0], entering, lambda: _first_of(new, config.sink_tokens), layer)
+    first = _store(config, aligned, config.chain[0], new, layer)
 
     def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
-        old, written, arrival, done = state.tiers[0], first, new, []
-        for index, tier in enumerate(rest):
-            arrival = _leaving(config, index, old, written, arrival, low[index], new_low[index], layer)
-            old, written = tier, _store(config, tier, config.chain[index + 1], arrival, layer)
+        source, done = _Source(config, 0, state.tiers[0], first, new, layer), []
+        for index, tier in enumerate(rest, start=1):
+            spec, entering = config.chain[index], (low[index - 1] == config.sink_tokens) & (new_low[index - 1] > low[index - 1])
+            aligned = _aligned(tier, spec, entering, source.first_tokens, layer)
+            arrival = source.leaving(low[index - 1], new_low[index - 1])
+            written = _store(config, aligned, spec, arrival, layer)
+            source = _Source(config, index, tier, written, arrival, layer)
             done.append(written)
         return tuple(done)
 
@@ -116,6 +122,10 @@ def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> Cac
     return dataclasses.replace(state, end=end, kept=kept)
 
 
+ALIGN_TOKENS = 128
+ODD_TOKENS = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class _Arrival:
     """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are to be written."""
@@ -149,43 +159,80 @@ def _store(config: KvCacheConfig, tier: Tier, spec: TierSpec, arrival: _Arrival,
 
 
 def _write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
-    return tokens.write(held, fmt, tokens.encode(fmt, new, tokens.mean_of(held, layer)), slots, layer)
+    return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
 
 
-def _leaving(
-    config: KvCacheConfig,
-    index: int,
-    old: Tier,
-    written: Tier,
-    arrival: _Arrival,
-    low: jax.Array,
-    new_low: jax.Array,
-    layer: Index,
-) -> _Arrival:
-    """What leaves tier `index` for the next one: positions [low, new_low), as the tier represents them.
+def _first_of(arrival: _Arrival, position: int) -> tuple[jax.Array, jax.Array]:
+    """The keys and values [B, 1, K, H] of one position of an arrival; of a row that does not have it, any."""
+    index = (position - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
+    return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(arrival.values, index, 1)
 
-    `old` and `written` are the tier before and after `arrival` was stored. Decoding reads the written ring, which has slots to spare for
-    it; only an arrival that overruns those (a prompt) takes the old ring and the arrival apart.
-    """
-    spec = config.chain[index]
-    size = -(-arrival.size // config.step) * config.step
-    base = ring.round_down(config, low)
-    position = _positions(base, size)
-    slots = ring.slot_of(position, spec.offset, spec.capacity)
-    has_room = spec.capacity >= spec.length + config.step - 1 + arrival.size
-    fresh = (position - arrival.base[:, None]).clip(0, arrival.size - 1)[..., None, None]
-    is_fresh = (position >= arrival.first[:, None])[..., None, None]
 
-    def half(before: Tokens, after: Tokens, fmt: Format, new: jax.Array) -> jax.Array:
-        if has_room:
-            return tokens.read(after, fmt, slots, layer)
-        mean = tokens.mean_of(after, layer)
-        represented = tokens.decode(fmt, tokens.encode(fmt, new, mean), mean)
-        return jnp.where(is_fresh, jnp.take_along_axis(represented, fresh, 1), tokens.read(before, fmt, slots, layer))
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A tier that has just taken in an arrival, as the source of what leaves it."""
 
-    keys = half(old.keys, written.keys, spec.key, arrival.keys)
-    values = half(old.values, written.values, spec.value, arrival.values)
-    return _Arrival(keys, values, base, low, new_low)
+    config: KvCacheConfig
+    index: int
+    old: Tier  # before the arrival
+    written: Tier  # after it
+    arrival: _Arrival
+    layer: Index
+
+    @property
+    def spec(self) -> TierSpec:
+        return self.config.chain[self.index]
+
+    def leaving(self, low: jax.Array, new_low: jax.Array) -> _Arrival:
+        """Positions [low, new_low), as the tier represents them."""
+        base = ring.round_down(self.config, low)
+        size = -(-self.arrival.size // self.config.step) * self.config.step
+        return _Arrival(*self.tokens_at(base, size), base, low, new_low)
+
+    def first_tokens(self) -> tuple[jax.Array, jax.Array]:
+        """Some of the first tokens of the chain, those at which attention heads dump their weight left out (they look like no other)."""
+        size = min(ALIGN_TOKENS, self.spec.length)
+        skip = min(max(ODD_TOKENS - self.config.sink_tokens, 0), size - 1)
+        return self.tokens_at(jnp.full_like(self.arrival.base, self.config.sink_tokens + skip), size - skip)
+
+    def tokens_at(self, base: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, size, K, H] of positions base, base + 1, ... that the tier holds or held before the arrival.
+
+        They are read from the written ring, which has slots to spare for it; only an arrival that overruns those (a prompt) takes the
+        old ring and the arrival apart.
+        """
+        spec, position = self.spec, _positions(base, size)
+        slots = ring.slot_of(position, spec.offset, spec.capacity)
+        has_room = spec.capacity >= spec.length + self.config.step - 1 + self.arrival.size
+        fresh = (position - self.arrival.base[:, None]).clip(0, self.arrival.size - 1)[..., None, None]
+        is_fresh = (position >= self.arrival.first[:, None])[..., None, None]
+
+        def half(before: Tokens, after: Tokens, fmt: Format, new: jax.Array) -> jax.Array:
+            if has_room:
+                return tokens.read(after, fmt, slots, self.layer)
+            basis = tokens.basis_of(after, fmt, self.layer)
+            represented = tokens.decode(basis, tokens.encode(basis, new))
+            return jnp.where(is_fresh, jnp.take_along_axis(represented, fresh, 1), tokens.read(before, fmt, slots, self.layer))
+
+        keys = half(self.old.keys, self.written.keys, spec.key, self.arrival.keys)
+        return keys, half(self.old.values, self.written.values, spec.value, self.arrival.values)
+
+
+def _aligned(tier: Tier, spec: TierSpec, entering: jax.Array, first: Callable[[], tuple[jax.Array, jax.Array]], layer: Index) -> Tier:
+    """The tier with its mirrors set where a row's first tokens are `entering` [B]; `first` gives some of those, [B, n, K, H]."""
+    halves = (tier.keys, spec.key), (tier.values, spec.value)
+    old = [half.mirror for half, _ in halves]
+    if old == [None, None]:
+        return tier
+
+    def look(mirrors: list[jax.Array | None]) -> list[jax.Array | None]:
+        return [
+            mirror if mirror is None else tokens.new_mirror(half, fmt, x, entering, layer)
+            for mirror, (half, fmt), x in zip(mirrors, halves, first(), strict=True)
+        ]
+
+    new = lax.switch(entering.any().astype(jnp.int32), [lambda same: same, look], old)
+    return Tier(*(dataclasses.replace(half, mirror=mirror) for (half, _), mirror in zip(halves, new, strict=True)))
 
 
 def migrate(state: CacheState) -> CacheState:
