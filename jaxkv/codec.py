@@ -22,6 +22,15 @@ from jaxkv.config import QuantSpec
 
 SCALE_DTYPE = jnp.float16
 
+CUTS = {
+    4: ((0.03, 0.0), (0.0, 0.03), (0.03, 0.03), (0.06, 0.06)),
+    2: tuple((0.08 * below, 0.08 * above) for below in range(4) for above in range(4))[1:],
+}
+"""Shares of a group's range that are tried cut off below and above, per bits."""
+
+FITS = {4: 1, 2: 2}
+"""Least-squares fits after the best cut, per bits."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +43,81 @@ class Quantized:
 
 
 def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
-    """Quantizes tokens [B, T, K, H] float32 (rotated and centred before, where the spec says so).
+    """Quantizes tokens [B, T, K, H] float32, in the basis of their tier.
 
     Scale and zero point are rounded to 16 bits first and the codes are computed with the rounded ones, so that
     |x - dequantized| <= scale / 2 inside the range that they span.
     """
     groups, axis = _grouped(spec, x)
     low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
-    levels = 2**spec.bits - 1
     if spec.symmetric:
-        scale = _rounded(jnp.maximum(-low, high) * (2 / (levels - 1)))
+        scale = _rounded(jnp.maximum(-low, high) * (2 / (spec.levels - 1)))
         zero_point = -scale * 2.0 ** (spec.bits - 1)
+    elif spec.bits == 8 or spec.axis == "channel":
+        scale, zero_point = _rounded((high - low) / spec.levels), _half(low)
     else:
-        scale, zero_point = _rounded((high - low) / levels), low.astype(SCALE_DTYPE).astype(jnp.float32)
-    codes = jnp.clip(jnp.round((groups - zero_point) / scale), 0, levels).astype(jnp.int32).reshape(x.shape)
+        scale, zero_point = _best_range(spec, groups, low, high)
+    codes = _codes(spec, groups, scale, zero_point).astype(jnp.int32).reshape(x.shape)
     stored = [a.squeeze(axis).astype(SCALE_DTYPE) for a in (scale, zero_point)]
     return Quantized(pack(codes, spec.bits), stored[0], None if spec.symmetric else stored[1])
+
+
+def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of groups [..., g] of least squared error: of ranges cut at both ends, then fitted to the codes.
+
+    Errors are summed as integers, the same in every program. Channel groups and 8 bits are better off with the whole range.
+    """
+    extent = high - low
+    scale = _rounded(extent / spec.levels)
+    best = scale, _half(low), _error(spec, x, scale, _half(low), scale)
+    for below, above in CUTS[spec.bits]:
+        cut_scale, cut_low = _rounded(extent * ((1 - below - above) / spec.levels)), _half(low + extent * below)
+        best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
+    for _ in range(FITS[spec.bits]):
+        fitted = _fit(spec, x, low, extent, *best[:2])
+        best = _better(best, (*fitted, _error(spec, x, *fitted, scale)))
+    return best[0], best[1]
+
+
+def _fit(
+    spec: QuantSpec, x: jax.Array, low: jax.Array, extent: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point by least squares over the codes that the given ones produce; sums of integers, hence exact."""
+    fine = 2.0**12 / jnp.where(extent > 0, extent, 1.0)
+    whole = jnp.round((x - low) * fine).astype(jnp.int32)
+    codes, size = _codes(spec, x, scale, zero_point).astype(jnp.int32), x.shape[-1]
+    sum_codes, sum_whole, sum_both, sum_squares = (
+        a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes)
+    )
+    spread = size * sum_squares - sum_codes * sum_codes
+    slope = (size * sum_both - sum_codes * sum_whole).astype(jnp.float32) / jnp.maximum(spread, 1).astype(jnp.float32)
+    fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope / fine), scale)
+    return fitted, _half(low + (sum_whole.astype(jnp.float32) / fine - fitted * sum_codes) / size)
+
+
+_Fit = tuple[jax.Array, jax.Array, jax.Array]  # scale, zero point, error
+
+
+def _better(old: _Fit, new: _Fit) -> _Fit:
+    scale, zero_point, error = (jnp.where(new[2] < old[2], n, o) for n, o in zip(new, old, strict=True))
+    return scale, zero_point, error
+
+
+def _error(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array, unit: jax.Array) -> jax.Array:
+    """The squared error of groups [..., g] in 64ths of a unit, int32 [..., 1]."""
+    missed = x - (_codes(spec, x, scale, zero_point) * scale + zero_point)
+    whole = jnp.clip(jnp.round(missed * (64 / unit)), -1024, 1024).astype(jnp.int32)
+    return (whole * whole).sum(-1, keepdims=True)
+
+
+def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round((x - zero_point) / scale), 0, spec.levels)
+
+
+def _half(x: jax.Array) -> jax.Array:
+    """Rounded as it will be stored, in float32."""
+    limit = jnp.finfo(SCALE_DTYPE).max
+    return jnp.clip(x, -limit, limit).astype(SCALE_DTYPE).astype(jnp.float32)
 
 
 def dequantize(spec: QuantSpec, q: Quantized) -> jax.Array:
@@ -81,7 +149,7 @@ def _grouped(spec: QuantSpec, x: jax.Array) -> tuple[jax.Array, int]:
 
 def _rounded(scale: jax.Array) -> jax.Array:
     """A scale as it will be stored, in float32; 1 for a group without extent, whose codes are then all the same."""
-    stored = jnp.minimum(scale, jnp.finfo(SCALE_DTYPE).max).astype(SCALE_DTYPE).astype(jnp.float32)
+    stored = _half(scale)
     return jnp.where(stored > 0, stored, 1.0)
 
 

@@ -86,6 +86,11 @@ class QuantSpec:
     def codes_per_byte(self) -> int:
         return 8 // self.bits
 
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
 
 Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
 
