@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxkv import softmax
 from jaxkv.checks import as_counts, check_layer, check_query
 from jaxkv.config import KvCacheConfig, Precision, TierSpec
-from jaxkv.kernels import xla
+from jaxkv.kernels import dispatch
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
@@ -31,6 +31,7 @@ def attend(
     lengths: ArrayLike | None = None,
     layer: Index = None,
     return_lse: bool = False,
+    implementation: dispatch.Implementation = None,
     **options: Any,
 ) -> Any:
     """Attention of the newest tokens' queries over all tokens held, causal among the newest.
@@ -41,6 +42,7 @@ def attend(
       lengths: [B], as given to the append: row b's queries are its first lengths[b]; the others' outputs are zeros.
       layer: required where the state has layers; int or traced.
       return_lse: also return the log of the softmax's denominator.
+      implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None: whatever suits the platform.
       **options: the fields of `Scoring`: causal, window, soft_cap, decay, bias, mask, sink_logits.
 
     Returns:
@@ -54,7 +56,7 @@ def attend(
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = jnp.where(index < count[:, None], (end - count)[:, None] + index, -1)
-    partial = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer)
+    partial = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
     return finish([partial], scoring, query, return_lse)
 
 
@@ -77,7 +79,15 @@ def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_l
     return (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
 
 
-def over_segments(parts: list[Segment], query: jax.Array, position: jax.Array, scoring: Scoring, sink_tokens: int, layer: Index) -> Partial:
+def over_segments(
+    parts: list[Segment],
+    query: jax.Array,
+    position: jax.Array,
+    scoring: Scoring,
+    sink_tokens: int,
+    layer: Index,
+    implementation: dispatch.Implementation = None,
+) -> Partial:
     """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees nothing."""
     heads = parts[0].tier.keys.data.shape[-3]
     size = query.shape[1]
@@ -89,15 +99,27 @@ def over_segments(parts: list[Segment], query: jax.Array, position: jax.Array, s
         def over(part: Segment) -> Partial:
             key_basis = basis_of(part.tier.keys, part.spec.key, layer)
             value_basis = basis_of(part.tier.values, part.spec.value, layer)
-            lacking = key_basis.mean_score(folded)
+            mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
 
             def adjust(scores: jax.Array, key: jax.Array) -> jax.Array:
-                scores = scores if lacking is None else scores + lacking.reshape(*scores.shape[:4], 1)
+                if mean_score is not None and capped:
+                    scores = scores + mean_score.reshape(*scores.shape[:4], 1)
                 return scoring.adjust(scores, position, key)
 
-            change = adjust if scoring.changes_scores or lacking is not None else None
-            found = xla.partial_attention(part.codes_only(), key_basis.query(folded), visible, change, newest, layer)
-            return Partial(value_basis.output(found.out, found.sum), found.max, found.sum)
+            found = dispatch.partial_attention(
+                part.codes_only(),
+                key_basis.query(folded),
+                visible,
+                adjust if scoring.changes_scores else None,
+                newest,
+                layer,
+                position=position,
+                scoring=scoring,
+                sink_tokens=sink_tokens,
+                implementation=implementation,
+            )
+            top = found.max if mean_score is None or capped else found.max + mean_score[..., 0]
+            return Partial(value_basis.output(found.out, found.sum), top, found.sum)
 
         folded = fold(query.astype(jnp.float32) * scoring.scale, heads)
         newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], jnp.iinfo(jnp.int32).max - 1)

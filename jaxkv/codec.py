@@ -86,9 +86,7 @@ def _fit(
     fine = 2.0**12 / jnp.where(extent > 0, extent, 1.0)
     whole = jnp.round((x - low) * fine).astype(jnp.int32)
     codes, size = _codes(spec, x, scale, zero_point).astype(jnp.int32), x.shape[-1]
-    sum_codes, sum_whole, sum_both, sum_squares = (
-        a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes)
-    )
+    sum_codes, sum_whole, sum_both, sum_squares = (a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes))
     spread = size * sum_squares - sum_codes * sum_codes
     slope = (size * sum_both - sum_codes * sum_whole).astype(jnp.float32) / jnp.maximum(spread, 1).astype(jnp.float32)
     fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope / fine), scale)

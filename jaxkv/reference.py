@@ -13,14 +13,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxkv.config import KvCacheConfig, Precision, QuantSpec
 
 Array = NDArray[Any]
-FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16: ml_dtypes.bfloat16}
+FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16: jnp.bfloat16}
 
 
 # Quantization.
@@ -58,33 +58,69 @@ def quantize_groups(groups: Array, bits: int, symmetric: bool) -> tuple[Array, A
     return codes, scale, zero_point
 
 
-def to_groups(x: Array, spec: QuantSpec) -> Array:
-    """The elements of x [T, K, H], rotated if `spec` says so, those that share a scale on the last axis."""
+def mirror_of(first: Array, fmt: Precision | QuantSpec) -> Array:
+    """The mirror [K, H] of a row whose first tokens are `first` [n, K, H]; zeros, which mirror nothing, unless `fmt` aligns.
+
+    The reflection at it turns the mean, rounded to 8 bits, into a constant vector.
+    """
+    if isinstance(fmt, Precision) or not fmt.align:
+        return np.zeros_like(first[0])
+    whole = mean_in_bytes(first, fmt)
+    norm = np.sqrt((whole * whole).sum(-1, keepdims=True))
+    unit = np.where(whole.sum(-1, keepdims=True) < 0, -whole, whole) / np.maximum(norm, 1)
+    mirror = (unit - first.shape[-1] ** -0.5).astype(np.float16).astype(np.float32)
+    return np.where(norm > 0, mirror, np.float32(0))
+
+
+def mean_in_bytes(first: Array, fmt: QuantSpec) -> Array:
+    """The direction of the mean of tokens [n, K, H] as whole numbers up to 127, rotated where `fmt` rotates."""
+    mean = (rotate(first) if fmt.rotate else first).sum(0).astype(np.float64)
+    most = np.abs(mean).max(-1, keepdims=True)
+    return np.rint(mean * (127 / np.where(most > 0, most, 1)))
+
+
+def reflect(x: Array, mirror: Array, cut: bool = False) -> Array:
+    """Householder reflection of x [T, K, H]; with `cut`, its factors have 12 significant bits."""
+    along = along_mirror(cut_bits(x) if cut else x, mirror)
+    return x - mirror * (cut_bits(along) if cut else along)
+
+
+def along_mirror(x: Array, mirror: Array) -> Array:
+    """How many mirrors long the step of a reflection is, [T, K, 1]."""
+    square = (mirror.astype(np.float64) ** 2).sum(-1, keepdims=True)
+    along: Array = 2 * (x * mirror.astype(np.float64)).sum(-1, keepdims=True) / np.where(square > 0, square, 1)
+    return along.astype(np.float32)
+
+
+def cut_bits(x: Array) -> Array:
+    """Float32 without the last 12 of its 24 significant bits."""
+    return (x.view(np.int32) & -4096).view(np.float32)
+
+
+def to_groups(x: Array, spec: QuantSpec, mirror: Array) -> Array:
+    """The elements of x [T, K, H] in the basis of `spec`, those that share a scale on the last axis."""
     x = rotate(x) if spec.rotate else x
+    x = reflect(x, mirror, cut=True)
     x = np.moveaxis(x, 0, -1) if spec.axis == "channel" else x  # a channel's group: consecutive tokens
     return x.reshape(-1, spec.group_size or x.shape[-1])
 
 
-def from_groups(groups: Array, spec: QuantSpec, shape: tuple[int, ...]) -> Array:
+def from_groups(groups: Array, spec: QuantSpec, mirror: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `to_groups`; `shape` is that of x."""
     if spec.axis == "channel":
         x = np.moveaxis(groups.reshape(*shape[1:], shape[0]), -1, 0)
     else:
         x = groups.reshape(shape)
+    x = reflect(x, mirror)
     return rotate(x, inverse=True) if spec.rotate else x
 
 
-def represent(x: Array, fmt: Precision | QuantSpec) -> Array:
+def represent(x: Array, fmt: Precision | QuantSpec, mirror: Array) -> Array:
     """What a tier of format `fmt` gives back, in float32, for tokens x [T, K, H] that enter it together."""
     if isinstance(fmt, Precision):
         return x.astype(FLOATS[fmt]).astype(np.float32)
-    codes, scale, zero_point = quantize_groups(to_groups(x, fmt), fmt.bits, fmt.symmetric)
-    return from_groups(scale * codes + zero_point, fmt, x.shape)
-
-
-def enter(pairs: Array, key: Precision | QuantSpec, value: Precision | QuantSpec) -> Array:
-    """`represent` for pairs [T, 2, K, H] of a key and a value."""
-    return np.stack([represent(pairs[:, 0], key), represent(pairs[:, 1], value)], axis=1)
+    codes, scale, zero_point = quantize_groups(to_groups(x, fmt, mirror), fmt.bits, fmt.symmetric)
+    return from_groups(scale * codes + zero_point, fmt, mirror, x.shape)
 
 
 # The state.
@@ -96,6 +132,7 @@ class Row:
 
     tokens: list[list[Array]]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
     kept: list[int]  # [tier]: the first position whose data is still there
+    mirrors: list[Array]  # [tier]: of keys and values [2, K, H]; zeros where nothing is aligned
 
     @property
     def end(self) -> int:
@@ -113,7 +150,8 @@ class ReferenceState:
 def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
     """An empty cache."""
     kept = [config.sink_tokens] * len(config.chain)
-    return ReferenceState(config, tuple(Row([], list(kept)) for _ in range(batch_size)))
+    mirrors = [np.zeros((2, config.num_kv_heads, config.head_dim), np.float32)] * len(config.chain)
+    return ReferenceState(config, tuple(Row([], list(kept), list(mirrors)) for _ in range(batch_size)))
 
 
 def _starts(config: KvCacheConfig, row: Row) -> list[int]:
@@ -142,10 +180,33 @@ def _settle(config: KvCacheConfig, row: Row) -> None:
         for first in range(_batch_start(config, start), top, tier.group):
             group = row.tokens[first : first + tier.group]
             if any(len(token) == i + 1 for token in group):
-                entered = enter(np.stack([token[i] for token in group]), tier.key, tier.value)
-                for token, pair in zip(group, entered, strict=True):
-                    token[i + 1 :] = [pair]
+                if first == config.sink_tokens:
+                    row.mirrors[i] = _mirrors(config, row, i)
+                _enter(group, i, (tier.key, tier.value), row.mirrors[i])
         row.kept[i] = max(row.kept[i], top - tier.capacity)
+
+
+def _enter(group: list[list[Array]], tier: int, formats: Sequence[Precision | QuantSpec], mirror: Array) -> None:
+    """Adds to tokens what a tier gives back for them; `formats` of keys and values, `mirror` [2, K, H]."""
+    given = np.stack([token[tier] for token in group])
+    sides = [represent(given[:, side], fmt, mirror[side]) for side, fmt in enumerate(formats)]
+    for token, pair in zip(group, np.stack(sides, axis=1), strict=True):
+        token[tier + 1 :] = [pair]
+
+
+def _mirrors(config: KvCacheConfig, row: Row, tier: int) -> Array:
+    given, spec = np.stack([row.tokens[p][tier] for p in first_positions(config, tier)]), config.chain[tier]
+    return np.stack([mirror_of(given[:, 0], spec.key), mirror_of(given[:, 1], spec.value)])
+
+
+def first_positions(config: KvCacheConfig, tier: int) -> range:
+    """The tokens that a tier is aligned by: those in the tier above when the first of them leaves it.
+
+    The first four of a row are left out: attention heads dump their weight there, and they look like no other.
+    """
+    size = min(128, config.chain[tier - 1].length) if tier else 1
+    skip = min(max(4 - config.sink_tokens, 0), size - 1)
+    return range(config.sink_tokens + skip, config.sink_tokens + size)
 
 
 def held(state: ReferenceState, row: int) -> dict[int, Array]:
@@ -161,9 +222,7 @@ def held(state: ReferenceState, row: int) -> dict[int, Array]:
 # The verbs.
 
 
-def append(
-    state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None
-) -> ReferenceState:
+def append(state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None) -> ReferenceState:
     """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the other."""
     config = state.config
     pairs = np.stack([keys, values], axis=2).astype(np.float32)  # [B, T, 2, K, H]
@@ -172,7 +231,7 @@ def append(
         for t in range(length):
             row.tokens.append([new[t]])
             if row.end <= config.sink_tokens:
-                row.tokens[-1] += list(enter(new[t : t + 1], config.sink_precision, config.sink_precision))
+                _enter(row.tokens[-1:], 0, [config.sink_precision] * 2, new[t])
             _settle(config, row)
     return state
 
@@ -220,7 +279,7 @@ def clear(state: ReferenceState) -> ReferenceState:
 def take_rows(state: ReferenceState, rows: Sequence[int]) -> ReferenceState:
     """The given rows in the given order; one may be taken several times."""
     taken = [state.rows[i] for i in rows]
-    copies = (Row([list(token) for token in row.tokens], list(row.kept)) for row in taken)
+    copies = (Row([list(token) for token in row.tokens], list(row.kept), list(row.mirrors)) for row in taken)
     return ReferenceState(state.config, tuple(copies))
 
 
@@ -238,9 +297,7 @@ def _check_groups(config: KvCacheConfig, row: Row) -> None:
     for start, kept, tier in zip(starts[:-1], row.kept[:-1], config.chain[1:], strict=True):
         first = _batch_start(config, start)
         if tier.group > 1 and start > max(first, starts[-1]) and kept > first:
-            raise ValueError(
-                f"position {start} lies inside a group of codes whose tokens are gone from {first} on"
-            )
+            raise ValueError(f"position {start} lies inside a group of codes whose tokens are gone from {first} on")
 
 
 def _check_count(count: int, most: int) -> None:
@@ -264,9 +321,7 @@ def exact_attention(query: Array, pairs: Array, scale: float | None = None) -> A
     return out
 
 
-def attend(
-    state: ReferenceState, query: Array, scale: float | None = None, lengths: ArrayLike | None = None
-) -> Array:
+def attend(state: ReferenceState, query: Array, scale: float | None = None, lengths: ArrayLike | None = None) -> Array:
     """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held there."""
     return _attend(state, query, [{}] * len(state.rows), scale, lengths)
 
@@ -282,9 +337,7 @@ def prefill(
     """Attends over what was held and the raw new keys and values, causally; then appends these."""
     raw = [
         dict(enumerate(np.stack([k, v], axis=1)[:length], row.end))
-        for row, k, v, length in zip(
-            state.rows, keys, values, _per_row(state, lengths, keys.shape[1]), strict=True
-        )
+        for row, k, v, length in zip(state.rows, keys, values, _per_row(state, lengths, keys.shape[1]), strict=True)
     ]
     return append(state, keys, values, lengths), _attend(state, query, raw, scale, lengths)
 

@@ -102,9 +102,9 @@ def _with_means(state: CacheState, key_mean: jax.Array | None, value_mean: jax.A
             raise ValueError(f"{name} has shape {jnp.shape(mean)}: must be {wanted}")
         return dataclasses.replace(held, mean=jnp.broadcast_to(jnp.expand_dims(mean, -3), held.mean.shape).astype(jnp.float32))
 
-    if not any(isinstance(f, QuantSpec) and f.center for spec in state.config.chain for f in (spec.key, spec.value)):
-        if key_mean is not None or value_mean is not None:
-            raise ValueError("a mean was given, but no tier uses it: set center=True in key_quant or value_quant")
+    uses = any(isinstance(f, QuantSpec) and f.center for spec in state.config.chain for f in (spec.key, spec.value))
+    if not uses and not (key_mean is None and value_mean is None):
+        raise ValueError("a mean was given, but no tier uses it: set center=True in key_quant or value_quant")
     tiers = tuple(Tier(given(t.keys, "key_mean", key_mean), given(t.values, "value_mean", value_mean)) for t in state.tiers)
     return dataclasses.replace(state, tiers=tiers)
 

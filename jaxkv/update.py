@@ -7,21 +7,21 @@ and new place, quantized where they arrive. Donate the state (`jax.jit(step, don
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxkv import ring, tokens
+from jaxkv import ring
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, is_concrete
-from jaxkv.config import Format, KvCacheConfig, TierSpec
-from jaxkv.state import CacheState, Status, Tier, segments
-from jaxkv.tokens import Index, Tokens
+from jaxkv.config import KvCacheConfig
+from jaxkv.kernels import dispatch
+from jaxkv.migration import Arrival, store, take_in
+from jaxkv.state import CacheState, Status, segments
+from jaxkv.tokens import Index
 
 
 def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None) -> CacheState:
@@ -45,33 +45,13 @@ def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: Array
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    new = _Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
-    entering = (new.first == config.sink_tokens) & (new_end > config.sink_tokens)
-    aligned = _aligned(state.tiers[0], config.chain[0], entering, lambda: _first_of(new, config.sink_tokens), layer)
-    first = _store(config, aligned, config.chain[0], new, layer)
-
-    def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
-        source, done = _Source(config, 0, state.tiers[0], first, new, layer), []
-        for index, tier in enumerate(rest, start=1):
-            spec, entering = config.chain[index], (low[index - 1] == config.sink_tokens) & (new_low[index - 1] > low[index - 1])
-            aligned = _aligned(tier, spec, entering, source.first_tokens, layer)
-            arrival = source.leaving(low[index - 1], new_low[index - 1])
-            written = _store(config, aligned, spec, arrival, layer)
-            source = _Source(config, index, tier, written, arrival, layer)
-            done.append(written)
-        return tuple(done)
-
-    rest = state.tiers[1:]
-    if rest and size < config.step:
-        # Most steps of a batched cache move nothing. The branch that does nothing comes first: the other way round costs three copies
-        # of the cache (jax-ml/jax#39449).
-        rest = lax.switch(jnp.any(new_low[0] > low[0]).astype(jnp.int32), [lambda tiers: tiers, pass_on], rest)
-    elif rest:
-        rest = pass_on(rest)
+    new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
+    tiers = take_in(config, state.tiers, new, low, new_low, layer)
     sinks = state.sinks
     if sinks is not None:
-        sinks = _store(config, sinks, config.sink_spec, dataclasses.replace(new, first=end, stop=_into_sinks(config, new_end)), layer)
-    moved = dataclasses.replace(state, sinks=sinks, tiers=(first, *rest))
+        new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
+        sinks = store(config, sinks, config.sink_spec, new, layer)
+    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers)
     return _at(moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low)))
 
 
@@ -85,6 +65,7 @@ def prefill(
     scale: ArrayLike | None = None,
     layer: Index = None,
     return_lse: bool = False,
+    implementation: dispatch.Implementation = None,
     **options: Any,
 ) -> tuple[CacheState, Any]:
     """Attention of a prompt over its own raw keys and values and all that the cache held, then `append`.
@@ -105,14 +86,10 @@ def prefill(
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = jnp.where(index < count[:, None], end[:, None] + index, -1)
-    held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer)
-    new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None)
+    held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
+    new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None, implementation)
     out = finish([held, new], scoring, query, return_lse)
     return append(state, keys, values, count, layer=layer), out
-
-
-def _into_sinks(config: KvCacheConfig, end: jax.Array) -> jax.Array:
-    return jnp.minimum(end, config.sink_tokens)
 
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:
@@ -120,119 +97,6 @@ def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> Cac
     if layer is not None:
         end, kept = state.end.at[layer].set(end), state.kept.at[layer].set(kept)
     return dataclasses.replace(state, end=end, kept=kept)
-
-
-ALIGN_TOKENS = 128
-ODD_TOKENS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class _Arrival:
-    """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are to be written."""
-
-    keys: jax.Array  # [B, M, K, H]
-    values: jax.Array
-    base: jax.Array  # [B] int32, as are first and stop
-    first: jax.Array
-    stop: jax.Array
-
-    @property
-    def size(self) -> int:
-        return int(self.keys.shape[1])
-
-
-def _positions(base: jax.Array, size: int) -> jax.Array:
-    return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
-
-
-def _store(config: KvCacheConfig, tier: Tier, spec: TierSpec, arrival: _Arrival, layer: Index) -> Tier:
-    """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
-    first, stop = arrival.first, arrival.stop
-    if spec.group > 1:
-        first, stop = ring.round_down(config, first), ring.round_down(config, stop)
-    position = _positions(arrival.base, arrival.size)
-    lasting = jnp.maximum(first, stop - spec.capacity)[:, None]
-    slots = ring.slot_of(position, spec.offset, spec.capacity)
-    slots = jnp.where((position >= lasting) & (position < stop[:, None]), slots, spec.capacity)
-    keys = _write(tier.keys, spec.key, arrival.keys, slots, layer)
-    return Tier(keys, _write(tier.values, spec.value, arrival.values, slots, layer))
-
-
-def _write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
-    return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
-
-
-def _first_of(arrival: _Arrival, position: int) -> tuple[jax.Array, jax.Array]:
-    """The keys and values [B, 1, K, H] of one position of an arrival; of a row that does not have it, any."""
-    index = (position - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
-    return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(arrival.values, index, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A tier that has just taken in an arrival, as the source of what leaves it."""
-
-    config: KvCacheConfig
-    index: int
-    old: Tier  # before the arrival
-    written: Tier  # after it
-    arrival: _Arrival
-    layer: Index
-
-    @property
-    def spec(self) -> TierSpec:
-        return self.config.chain[self.index]
-
-    def leaving(self, low: jax.Array, new_low: jax.Array) -> _Arrival:
-        """Positions [low, new_low), as the tier represents them."""
-        base = ring.round_down(self.config, low)
-        size = -(-self.arrival.size // self.config.step) * self.config.step
-        return _Arrival(*self.tokens_at(base, size), base, low, new_low)
-
-    def first_tokens(self) -> tuple[jax.Array, jax.Array]:
-        """Some of the first tokens of the chain, those at which attention heads dump their weight left out (they look like no other)."""
-        size = min(ALIGN_TOKENS, self.spec.length)
-        skip = min(max(ODD_TOKENS - self.config.sink_tokens, 0), size - 1)
-        return self.tokens_at(jnp.full_like(self.arrival.base, self.config.sink_tokens + skip), size - skip)
-
-    def tokens_at(self, base: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, size, K, H] of positions base, base + 1, ... that the tier holds or held before the arrival.
-
-        They are read from the written ring, which has slots to spare for it; only an arrival that overruns those (a prompt) takes the
-        old ring and the arrival apart.
-        """
-        spec, position = self.spec, _positions(base, size)
-        slots = ring.slot_of(position, spec.offset, spec.capacity)
-        has_room = spec.capacity >= spec.length + self.config.step - 1 + self.arrival.size
-        fresh = (position - self.arrival.base[:, None]).clip(0, self.arrival.size - 1)[..., None, None]
-        is_fresh = (position >= self.arrival.first[:, None])[..., None, None]
-
-        def half(before: Tokens, after: Tokens, fmt: Format, new: jax.Array) -> jax.Array:
-            if has_room:
-                return tokens.read(after, fmt, slots, self.layer)
-            basis = tokens.basis_of(after, fmt, self.layer)
-            represented = tokens.decode(basis, tokens.encode(basis, new))
-            return jnp.where(is_fresh, jnp.take_along_axis(represented, fresh, 1), tokens.read(before, fmt, slots, self.layer))
-
-        keys = half(self.old.keys, self.written.keys, spec.key, self.arrival.keys)
-        return keys, half(self.old.values, self.written.values, spec.value, self.arrival.values)
-
-
-def _aligned(tier: Tier, spec: TierSpec, entering: jax.Array, first: Callable[[], tuple[jax.Array, jax.Array]], layer: Index) -> Tier:
-    """The tier with its mirrors set where a row's first tokens are `entering` [B]; `first` gives some of those, [B, n, K, H]."""
-    halves = (tier.keys, spec.key), (tier.values, spec.value)
-    old = [half.mirror for half, _ in halves]
-    if old == [None, None]:
-        return tier
-
-    def look(mirrors: list[jax.Array | None]) -> list[jax.Array | None]:
-        return [
-            mirror if mirror is None else tokens.new_mirror(half, fmt, x, entering, layer)
-            for mirror, (half, fmt), x in zip(mirrors, halves, first(), strict=True)
-        ]
-
-    new = lax.switch(entering.any().astype(jnp.int32), [lambda same: same, look], old)
-    return Tier(*(dataclasses.replace(half, mirror=mirror) for (half, _), mirror in zip(halves, new, strict=True)))
 
 
 def migrate(state: CacheState) -> CacheState:

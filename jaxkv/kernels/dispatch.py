@@ -1,0 +1,112 @@
+"""Which implementation computes a tier's partial attention: the GPU kernel where it can run and XLA everywhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxkv.config import QuantSpec
+from jaxkv.kernels import pallas_gpu, xla
+from jaxkv.kernels.xla import Adjust, Visible
+from jaxkv.scoring import Scoring
+from jaxkv.softmax import Partial
+from jaxkv.state import Segment
+from jaxkv.tokens import Index
+
+Implementation = Literal["xla", "pallas"] | None
+
+MOST_HEAD_DIM = 256
+LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
+
+
+def partial_attention(
+    part: Segment,
+    query: jax.Array,
+    visible: Visible,
+    adjust: Adjust | None,
+    newest: jax.Array,
+    layer: Index,
+    *,
+    position: jax.Array,
+    scoring: Scoring,
+    sink_tokens: int,
+    implementation: Implementation = None,
+) -> Partial:
+    """`xla.partial_attention` by the implementation asked for; the arguments up to `layer` are its own.
+
+    Args:
+      position: [B, T] int32 of the queries, -1 where a query sees nothing.
+      scoring, sink_tokens: what `visible` and `adjust` were made of.
+      implementation: "xla", "pallas", or None: the kernel on NVIDIA GPUs for what it can do, XLA otherwise.
+
+    Raises:
+      ValueError: "pallas" was asked for by name and cannot run; it says why.
+    """
+    check_implementation(implementation)
+
+    def portable(query: jax.Array) -> Partial:
+        return xla.partial_attention(part, query, visible, adjust, newest, layer)
+
+    def kernel(query: jax.Array) -> Partial:
+        return pallas_gpu.partial_attention(part, query, limits(position, scoring, sink_tokens, query), layer)
+
+    if implementation == "xla":
+        return portable(query)
+    reason = refusal(part, query.shape[-1], scoring) or no_gpu()
+    if implementation == "pallas":
+        if reason:
+            raise ValueError(f"implementation='pallas': {reason}; pass 'xla', or None to choose by platform")
+        return kernel(query)
+    # Without a GPU in sight the kernel is not even traced: nothing changes for those who have none.
+    return portable(query) if reason else lax.platform_dependent(query, cuda=kernel, default=portable)
+
+
+def check_implementation(implementation: Any) -> None:
+    """Refuses unknown names."""
+    if implementation not in ("xla", "pallas", None):
+        raise ValueError(f"implementation={implementation!r}: must be 'xla', 'pallas' or None to choose by platform")
+
+
+def limits(position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array) -> pallas_gpu.Limits:
+    """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T]."""
+    each = jnp.tile(position, (1, query.shape[2] // position.shape[1]))
+    every = jnp.iinfo(jnp.int32).max - 1
+    upto = each if scoring.causal else jnp.where(each >= 0, every, -1)
+    since = None if scoring.window is None else each - jnp.asarray(scoring.window, jnp.int32) + 1
+    return pallas_gpu.Limits(upto, since, sink_tokens)
+
+
+def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
+    """Why the kernel cannot do this tier, or None."""
+    if scoring.changes_scores:
+        return "it knows causality, windows and sink logits, not soft_cap, decay, bias or mask"
+    if head_dim > MOST_HEAD_DIM:
+        return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
+    for held, fmt in ((part.tier.keys, part.spec.key), (part.tier.values, part.spec.value)):
+        arrays = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
+        unknown = [name for name, array in arrays.items() if array is not None and name not in ("data", "scale", "zero_point", "mean")]
+        if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
+            return f"it cannot read {fmt} in the {part.spec.name} tier"
+        # Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB.
+        if any(array is not None and array.size > 2**31 and array.nbytes <= 2**32 for array in arrays.values()):
+            return f"the {part.spec.name} tier has an array of 2 to 4 GiB of bytes, where Pallas-Triton's offsets overflow: split the batch"
+    return None
+
+
+def no_gpu() -> str | None:
+    """Why no NVIDIA GPU can be compiled for here, or None. An abstract device stands for a GPU that is elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return None if device.platform in ("cuda", "gpu") else f"it runs on NVIDIA GPUs, not on {device.platform}"
+    if jax.default_backend() != "gpu":
+        return f"it runs on NVIDIA GPUs, and the default backend is {jax.default_backend()}"
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    try:
+        enough = float(capability) >= LEAST_CAPABILITY
+    except ValueError:  # AMD's names
+        enough = False
+    return None if enough else f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, not {capability}"

@@ -1,0 +1,159 @@
+"""One tier's partial attention as a GPU kernel: packed codes are read once, unpacked in registers and never written back.
+
+The grid is (split, kv head and chunk of queries, row). A program walks its share of the row's blocks of slots with an online softmax. Bounds
+are read inside: capacity without tokens, or beyond a window, costs nothing, and the splits share evenly what there is, so that one long
+sequence fills the chip. Their partial results are merged after (`_over_splits`).
+
+All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16 terms (`pallas_codes`) stacked in the rows,
+of which a matrix unit has 16 at least: the second term of up to 8 queries is free. Scores and outputs are off by 2**-16 of the sum of their
+terms' sizes at most, bfloat16 attention by 2**-8.
+
+The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the reason to write for Mosaic GPU, and
+Triton pipelines the loads, unpacks in registers and runs on every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12);
+`_triton` is the one place that knows it, besides the masked load in `pallas_codes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jaxkv import tokens
+from jaxkv.config import QuantSpec
+from jaxkv.kernels.formats import reader
+from jaxkv.kernels.pallas_codes import padded, side, two_terms
+from jaxkv.kernels.pallas_kernel import Plan, kernel
+from jaxkv.softmax import FLOOR, Partial
+from jaxkv.state import Segment, Tier
+from jaxkv.tokens import Index
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the work is cut, and what the compiler is told. The defaults are for Hopper."""
+
+    slots: int = 64  # of a block, a power of two
+    rows: int = 16  # queries of a program at most: twice as many spill registers
+    programs: int = 132 * 4  # at once: multiprocessors times what fits on one
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+TUNING = Tuning()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the queries may look at, R of them as the kernel's rows. Positions are the row's own, int32."""
+
+    upto: jax.Array  # [B, R]: the last one that a query sees; -1 if none
+    since: jax.Array | None = None  # [B, R]: the first one, but for the sinks; None: no window
+    sinks: int = 0  # those below are seen whatever the window
+
+
+def partial_attention(
+    part: Segment, query: jax.Array, limits: Limits, layer: Index, *, tuning: Tuning = TUNING, interpret: bool = False
+) -> Partial:
+    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as `xla.partial_attention`.
+
+    Returns:
+      A Partial of shape [B, K, R], in the basis of the raw tokens.
+    """
+    spec, tier, (b, k, r, h) = part.spec, part.tier, query.shape
+    rows = min(max(8, 1 << (r - 1).bit_length()), tuning.rows)
+    chunks = pl.cdiv(r, rows)
+    splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
+    windowed, layered = limits.since is not None, layer is not None
+    plan = Plan(side(spec.key, h), side(spec.value, h), spec.capacity, spec.offset, rows, tuning.slots, splits, windowed, layered)
+    key, value = (
+        reader(fmt, h, tokens.mean_of(held, layer)) if isinstance(fmt, QuantSpec) else None
+        for fmt, held in ((spec.key, tier.keys), (spec.value, tier.values))
+    )
+    bounds, *limits_by_query = _bounds(part, limits, layer)
+    pad = [(0, 0), (0, chunks * rows - r)]
+    by_chunk = [jnp.pad(x, pad, constant_values=-1).reshape(b, chunks, rows) for x in limits_by_query]
+    rotated = jnp.pad((query if key is None else key.rotated(query)) * math.log2(math.e), [(0, 0), *pad, (0, 0)])
+    partials = _call(plan, (bounds, *by_chunk, *_operands(plan, rotated)), tier, tuning, interpret)
+    out, top, total = (x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r] for x in _over_splits(plan, *partials))
+    if key is not None and key.mean is not None:
+        top = jnp.where(total > 0, top + key.mean_score(query)[..., 0], FLOOR)
+    return Partial(out if value is None else value.restored(out, total), top, total)
+
+
+def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, 5]: the positions [low, stop) that any query sees, the tier's end, the sinks' end, the layer; then the queries' limits."""
+    base = jnp.zeros_like(part.low) if part.base is None else part.base
+    upto = limits.upto - base[:, None]
+    low, stop, sinks = part.low, jnp.minimum(part.high, upto.max(1) + 1), limits.sinks - base
+    since = upto if limits.since is None else limits.since - base[:, None]
+    if limits.since is not None:
+        first = jnp.where(limits.upto >= 0, since, jnp.iinfo(jnp.int32).max).min(1)
+        low = jnp.where(low >= sinks, jnp.maximum(low, first), low)
+    number = jnp.zeros_like(low) if layer is None else jnp.full_like(low, layer)
+    return jnp.stack([low, stop, part.high, sinks, number], axis=1), upto, since
+
+
+def _operands(plan: Plan, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, K, chunks * rows, H] as operands [B, K * chunks, tiles, 2 * rows, C], and their sums [B, K * chunks, kinds, rows]."""
+    key, size = plan.key, plan.key.size
+    tiles = jnp.swapaxes(query.reshape(query.shape[0], -1, plan.rows, key.count, size), 2, 3)
+    sums = [sum(tiles[:, :, t].sum(-1) for t in range(key.count) if key.kind(t) == kind) for kind in key.kinds]
+    weights = jnp.array([key.weight(tile) for tile in range(key.count)])[:, None, None]
+    wide = jnp.pad(tiles * weights, [(0, 0)] * 4 + [(0, padded(size) - size)])
+    return jnp.concatenate(two_terms(wide), axis=3), jnp.stack(sums or [tiles[:, :, 0, :, 0]], axis=2)
+
+
+def _over_splits(plan: Plan, out: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Merges partial results [B, K * chunks, splits, (tiles,) rows(, C)], as `softmax.merge`, into [B, K * chunks, rows(, H)]."""
+    highest = top.max(2)
+    weights = jnp.exp(top - highest[:, :, None])
+    out = (out[..., : plan.value.size] * weights[:, :, :, None, :, None]).sum(2)
+    return jnp.swapaxes(out, 2, 3).reshape(*highest.shape, -1), highest, (total * weights).sum(2)
+
+
+def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool) -> Any:
+    bounds, upto, _, query, sums = small
+    grid = plan.splits, query.shape[1], query.shape[0]
+    stored = [(held.data, held.scale, held.zero_point) for held in (tier.keys, tier.values)]
+
+    def spec(array: jax.Array, index: Callable[..., Any]) -> pl.BlockSpec:
+        lead = array.ndim - 2 if array.ndim < 4 else 2
+        shape = (None,) * lead + array.shape[lead:]
+        return pl.BlockSpec(shape, lambda s, c, b: (*index(c, b)[:lead], *(0,) * (array.ndim - lead)))
+
+    def result(*sizes: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        shape = (*reversed(grid[1:]), plan.splits, *sizes)
+        kind = jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(query).manual_axis_type)
+        return pl.BlockSpec((None, None, None, *sizes), lambda s, c, b: (b, c, s, *(0,) * len(sizes))), kind
+
+    outs = [result(plan.value.count, plan.rows, padded(plan.value.size)), result(plan.rows), result(plan.rows)]
+    return _triton(
+        functools.partial(kernel, plan),
+        tuning,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((None, bounds.shape[1]), lambda s, c, b: (b, 0)),
+            *[pl.BlockSpec((None, None, plan.rows), lambda s, c, b: (b, c % upto.shape[1], 0))] * 2,
+            *[spec(array, lambda c, b: (b, c)) for array in (query, sums)],
+            *[tuple(None if array is None else pl.BlockSpec() for array in held) for held in stored],
+        ],
+        out_specs=[spec for spec, _ in outs],
+        out_shape=[shape for _, shape in outs],
+        interpret=interpret,
+    )(*small, *stored)
+
+
+def _triton(kernel: Callable[..., None], tuning: Tuning, **call: Any) -> Callable[..., Any]:
+    """`pl.pallas_call` on the Triton backend."""
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # it comes at lowering, after this
+    params = triton.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages)
+    return pl.pallas_call(kernel, compiler_params=params, name="jaxkv_partial_attention", **call)

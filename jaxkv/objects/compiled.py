@@ -1,0 +1,72 @@
+"""The compiled functions behind the objects: the pure ones of `jaxkv`, for a batch of one. All caches of one configuration share them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxkv import state as reading
+from jaxkv import update
+from jaxkv.attend import attend as attend_to
+from jaxkv.config import KvCacheConfig
+from jaxkv.state import CacheState
+
+
+def _append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None) -> CacheState:
+    shape = (1, -1, state.config.num_kv_heads, state.config.head_dim)
+    return update.append(state, keys.reshape(shape), values.reshape(shape), lengths)
+
+
+append = jax.jit(_append, donate_argnums=0)
+"""(state, keys, values, lengths [1] or None) -> state; tokens flat or [T, K, H]."""
+
+append_to_copy = jax.jit(_append)
+"""As `append`, but the given state stays valid."""
+
+
+@jax.jit
+def attend(state: CacheState, query: jax.Array, scale: ArrayLike | None, decay: ArrayLike | None, lengths: jax.Array | None) -> jax.Array:
+    """Attention of a query [N * H], [N, H] or [T, N, H]; the output has its shape."""
+    shape = (1, query.shape[0] if query.ndim == 3 else 1, -1, state.config.head_dim)
+    out: jax.Array = attend_to(state, query.reshape(shape), scale, lengths=lengths, decay=decay)
+    return out.reshape(query.shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def evict(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
+    """The state with the status bits that this raised taken out of it, and those bits [1]."""
+    return _without_status(update.evict(state, count))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def rewind(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
+    """As `evict`."""
+    return _without_status(update.rewind(state, count))
+
+
+def _without_status(state: CacheState) -> tuple[CacheState, jax.Array]:
+    return dataclasses.replace(state, status=jnp.zeros_like(state.status)), state.status
+
+
+clear = jax.jit(update.clear, donate_argnums=0)
+gather = jax.jit(reading.gather)
+stats = jax.jit(reading.stats)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def move(state: CacheState, config: KvCacheConfig) -> CacheState:
+    """The tokens of `state`, at their positions, in a cache of another configuration with as many sinks; the newest that fit."""
+    sinks = config.sink_tokens
+    keys, values, positions = reading.gather(state)
+    moved = reading.init(config)
+    if sinks:
+        moved = update.append(moved, keys[:, :sinks], values[:, :sinks], jnp.minimum(state.end, sinks))
+    # An empty chain that starts where the old one does: what is appended to it keeps its positions.
+    kept = jnp.broadcast_to(state.begin[:, None], moved.kept.shape)
+    moved = dataclasses.replace(moved, end=jnp.minimum(state.end, state.begin), kept=kept)
+    held = (positions[:, sinks:] >= 0).sum(axis=-1)
+    return update.append(moved, keys[:, sinks:], values[:, sinks:], held)

@@ -1,0 +1,218 @@
+"""The cache as an object: it owns a state of one row and calls the pure functions on it, with donation, under a lock."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from jax.errors import JaxRuntimeError
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from jaxkv.config import KvCacheConfig
+from jaxkv.objects import compiled
+from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, cut, fill, pieces
+from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
+from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
+from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
+from jaxkv.state import CacheState, KvCacheStats, Status, init
+
+
+class TwoTierKvCache:
+    """A cache of one sequence. Safe to use from many threads: each call sees, or makes, one whole state.
+
+    Keys and values are flat or [T, K, H], NumPy or JAX. Calls with JAX arrays return before the device is done; calls with NumPy
+    arrays, and those that count, wait for it. Appends of any number of tokens use few compiled programs: sizes are filled up to
+    the next power of two, up to `PIECE` = 1,024 tokens, and longer ones come in pieces of that. All caches of one configuration
+    share the programs.
+
+    The lock is held while work is handed to the device, not while the device does it. An append donates the state's arrays; the
+    device lets the reads that were handed to it before finish first.
+    """
+
+    def __init__(self, config: KvCacheConfig, pool: KvMemoryPool | None = None) -> None:
+        """A cache with a memory pool of its own, warmed up for two reads at a time, or with a given one."""
+        self.config = config
+        if pool is None:
+            block = config.num_kv_heads * config.head_dim * max(config.tail_length, 1)
+            pool = KvMemoryPool(block, max(config.max_tokens // max(config.tail_length, 1), 4))
+            pool.prewarm(2)
+        self._pool = pool
+        self._policy = CacheQuantization.of(config)
+        self._state = init(config)
+        self._form = Form()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def new(cls, config: KvCacheConfig) -> TwoTierKvCache:
+        """The constructor, by the original's name."""
+        return cls(config)
+
+    @classmethod
+    def with_pool(cls, config: KvCacheConfig, pool: KvMemoryPool) -> TwoTierKvCache:
+        """A cache whose aligned reads use a given pool."""
+        return cls(config, pool)
+
+    def append(self, keys: Any, values: Any) -> None:
+        """Appends tokens, flat or [T, K, H]; the oldest leave each tier, and at last the cache.
+
+        Raises:
+          KvCacheError: keys and values differ in shape, are not whole tokens, or not floats.
+        """
+        keys, values, size, form = check_pair(keys, values, self.config.num_kv_heads, self.config.head_dim)
+        if size == 0:
+            return
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        key_pieces, value_pieces = pieces(keys, size, shape), pieces(values, size, shape)
+        with self._lock:
+            self._state = self._appended(key_pieces, value_pieces, size)
+            self._form = form
+
+    def _appended(self, keys: list[Any], values: list[Any], size: int) -> CacheState:
+        state = self._state
+        try:
+            for index, pair in enumerate(zip(keys, values, strict=True)):
+                lengths = None if size == 1 else np.array([min(size - index * PIECE, PIECE)], np.int32)
+                # Of several pieces the first is appended to a copy, so that the cache is whole if a later one fails.
+                is_first_of_many = index == 0 and len(keys) > 1
+                state = (compiled.append_to_copy if is_first_of_many else compiled.append)(state, *pair, lengths)
+        except (ValueError, JaxRuntimeError) as error:
+            raise self._failed(error) from error
+        return state
+
+    def attend(self, query: Any, scale: float | None = None, *, decay: ArrayLike | None = None) -> Any:
+        """Attention over all tiers, per head.
+
+        Args:
+          query: [N * H] or [N, H] of the newest token, or [T, N, H] of the newest T (causal among them); N a multiple of K.
+          scale: of the scores; default H**-0.5.
+          decay: a rate, or one per query head [N]: what is `age` tokens old scores `rate * age` lower (ALiBi).
+
+        Returns:
+          Like `query`, in its dtype. An empty cache gives zeros.
+
+        Raises:
+          KvCacheError: a query or decay of the wrong shape or dtype.
+        """
+        query = check_query(query, self.config.num_kv_heads, self.config.head_dim)
+        is_jax, size = isinstance(query, jax.Array), query.shape[0] if query.ndim == 3 else 1
+        lengths = None if size == 1 else np.array([size], np.int32)
+        given = fill(query, bucket(size)) if size != bucket(size) else query if is_jax else query.astype(np.float32)
+        if decay is not None and not isinstance(decay, jax.Array):
+            decay = np.asarray(decay, np.float32)
+        try:
+            with self._lock:
+                out = compiled.attend(self._state, given, scale, decay, lengths)
+        except (ValueError, JaxRuntimeError) as error:
+            raise self._failed(error) from error
+        if is_jax:
+            return out if size == bucket(size) else cut(out, size)
+        return np.asarray(out)[: len(query)].astype(query.dtype)
+
+    def get_all_kv(self) -> tuple[Any, Any]:
+        """All keys and values held, dequantized, oldest first (sinks before all), in the form of the last append (flat NumPy before it)."""
+        keys, values, form = self._held()
+        return form.write(keys.copy()), form.write(values.copy())
+
+    def get_all_kv_aligned(self) -> tuple[AlignedBuffer, AlignedBuffer]:
+        """All keys and values held, flat, in buffers lent by `memory_pool`; give them back to it with `return_key_buffer` and
+        `return_value_buffer`."""
+        keys, values, _ = self._held()
+        found = self._pool.get_key_buffer(keys.size), self._pool.get_value_buffer(values.size)
+        for buffer, held in zip(found, (keys, values), strict=True):
+            buffer.extend_from_slice(held)
+        return found
+
+    def _held(self) -> tuple[NDArray[np.float32], NDArray[np.float32], Form]:
+        """Keys and values [T, K, H], read-only, and the form to give them in."""
+        with self._lock:
+            found, form = compiled.gather(self._state), self._form
+        keys, values, positions = (np.asarray(array)[0] for array in found)
+        held = positions >= 0
+        return keys[: held.sum()], values[: held.sum()], form
+
+    def memory_pool(self) -> KvMemoryPool:
+        """Where the buffers of `get_all_kv_aligned` come from."""
+        return self._pool
+
+    def pool_stats(self) -> PoolStats:
+        return self._pool.stats()
+
+    def stats(self) -> KvCacheStats:
+        """Counts, bytes and compression of the tokens held, as Python numbers."""
+        with self._lock:
+            found = compiled.stats(self._state)
+        numbers = {name: np.asarray(value).item() for name, value in vars(found).items()}
+        ratio = numbers.pop("compression_ratio")
+        return KvCacheStats(**{name: int(number) for name, number in numbers.items()}, compression_ratio=ratio)
+
+    def tiers(self) -> dict[CacheTier, int]:
+        """Tokens in each tier that the policy has, newest tier first."""
+        with self._lock:
+            chain, found = self._state.config.chain, compiled.stats(self._state)
+        counts = {"hot": found.tail_tokens, "warm": found.warm_tokens, "cold": found.store_tokens}
+        return {CacheTier(spec.name): int(counts[spec.name][0]) for spec in chain}
+
+    def clear(self) -> None:
+        """Forgets all tokens; the arrays stay."""
+        with self._lock:
+            self._state = compiled.clear(self._state)
+
+    def evict(self, count: int) -> None:
+        """Drops the `count` oldest tokens; sinks stay.
+
+        Raises:
+          KvCacheError: fewer are held.
+        """
+        self._drop(compiled.evict, count)
+
+    def rewind(self, count: int) -> None:
+        """Drops the `count` newest tokens (see `jaxkv.rewind`).
+
+        Raises:
+          KvCacheError: fewer are held, or the rewind would cut a group of channel codes.
+        """
+        self._drop(compiled.rewind, count)
+
+    def _drop(self, verb: Any, count: int) -> None:
+        if not isinstance(count, int) or count < 0:
+            raise KvCacheError(f"{count=}: must be an int of at least 0")
+        with self._lock:
+            self._state, status = verb(self._state, min(count, self.config.max_tokens + 1))
+        if status[0]:
+            raise KvCacheError(f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens")
+
+    def policy(self) -> CacheQuantization:
+        """The policy in force."""
+        with self._lock:
+            is_store = isinstance(self._policy, QuantizedStore)
+            return self._policy.achieved_by(self._state.config) if is_store else self._policy
+
+    def update_policy(self, policy: CacheQuantization) -> None:
+        """Moves the tokens held into the tiers of another policy, at their positions; of more than fit, the newest.
+
+        What leaves a quantized tier is dequantized and quantized anew; nothing else changes. `config` still bounds the cache.
+
+        Raises:
+          KvCacheError: a policy that the cache's configuration rules out.
+        """
+        if not isinstance(policy, CacheQuantization):
+            raise KvCacheError(f"{policy=}: must be a CacheQuantization, such as CacheQuantization.Hybrid()")
+        with self._lock:
+            try:
+                config = policy.applied_to(self.config)
+                if config != self._state.config:
+                    self._state = compiled.move(self._state, config)
+            except (ValueError, JaxRuntimeError) as error:
+                raise self._failed(error) from error
+            self._policy = policy
+
+    def _failed(self, error: Exception) -> Exception:
+        """What to raise for an error of the pure functions or of the device."""
+        message = str(error)
+        if self._state.end.is_deleted():
+            self._state = init(self._state.config)
+            message = f"the device failed with the cache's only copy in hand; the cache is empty now: {message}"
+        return OutOfMemoryError(message) if "RESOURCE_EXHAUSTED" in message else KvCacheError(message)

@@ -1,0 +1,85 @@
+"""Configurations with names, chosen by measurement (README, quality), and policies that differ by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxkv.config import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.state import CacheState, init
+
+
+def _coded(bits: int, group_size: int | None = None) -> QuantSpec:
+    return QuantSpec(bits, group_size, rotate=True, align=True)
+
+
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "FP16": (dict(store_precision=Precision.FP16), "No quantization; what the others are measured against."),
+    "Q8": (dict(store_precision=Precision.Q8), "When nothing may be lost: half the memory, no measurable difference."),
+    "Q4": (dict(store_precision=Precision.Q4), "The default: 28 % of the memory, a loss that few tasks notice."),
+    "Q4_SINKS": (dict(store_precision=Precision.Q4, sink_tokens=64), "The best 4 bits: the first 64 tokens stay exact."),
+    "K4V2": (
+        dict(key_quant=_coded(4), value_quant=_coded(2), sink_tokens=64),
+        "A fifth of the memory: values bear 2 bits, keys do not.",
+    ),
+    "Q2": (dict(store_precision=Precision.Q2, sink_tokens=64), "The longest context that still reads well: 2.5 bits, sinks exact."),
+    "KIVI2": (
+        dict(
+            key_quant=QuantSpec(2, 32, axis="channel"),
+            value_quant=QuantSpec(2, 32),
+            migration=Migration.BATCHED,
+            migration_batch=32,
+        ),
+        "KIVI's 2 bits (Liu et al. 2024), for comparison: keys per channel, values per token.",
+    ),
+}
+"""Name -> the fields of `KvCacheConfig` that it sets, and when to use it."""
+
+
+def preset(name: str, **fields: Any) -> KvCacheConfig:
+    """The configuration of a preset; other fields (max_tokens, num_kv_heads, head_dim, ...) as given.
+
+    Raises:
+      ValueError: no such preset.
+    """
+    if name.upper() not in PRESETS:
+        raise ValueError(f"no preset {name!r}: there are {', '.join(PRESETS)}")
+    return KvCacheConfig(**{**PRESETS[name.upper()][0], **fields})
+
+
+def exact_ends(config: KvCacheConfig, num_layers: int, first: int = 1, last: int = 1) -> list[KvCacheConfig]:
+    """One config per layer: `config`, but the first and last layers unquantized (they are the most sensitive; vLLM, SGLang).
+
+    Raises:
+      ValueError: more exact layers than layers.
+    """
+    if first < 0 or last < 0 or first + last > num_layers:
+        raise ValueError(f"first={first}, last={last}: must be at least 0 and together at most num_layers={num_layers}")
+    room = config.max_tokens - config.sink_tokens
+    exact = KvCacheConfig(
+        tail_length=room,
+        tail_precision=config.sink_precision,
+        max_tokens=config.max_tokens,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        sink_tokens=config.sink_tokens,
+        rewind_length=config.rewind_length,
+        window=config.window,
+    )
+    return [exact if i < first or i >= num_layers - last else config for i in range(num_layers)]
+
+
+def init_layers(configs: Sequence[KvCacheConfig], batch_size: int = 1) -> list[CacheState]:
+    """One state per layer, for models that unroll their layers."""
+    return [init(config, batch_size) for config in configs]
+
+
+def init_stack(configs: Sequence[KvCacheConfig], batch_size: int = 1) -> CacheState:
+    """One state of all layers, for models that scan over them.
+
+    Raises:
+      ValueError: the layers differ, so that their arrays do not stack.
+    """
+    if len(set(configs)) != 1:
+        raise ValueError(f"{len(set(configs))} different configs: a stack needs one; unroll the layers and use init_layers")
+    return init(configs[0], batch_size, num_layers=len(configs))

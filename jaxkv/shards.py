@@ -1,0 +1,230 @@
+"""A cache dealt out over the devices of a mesh, for use inside `jax.shard_map`: rows, kv heads, and positions.
+
+Of the C devices along the context axis, number c holds the positions p with p % C == c, in a complete smaller cache where p is position
+p // C. All devices are then equally full at any time; tokens migrate and are evicted without leaving their device; and every tier of the
+whole holds the tokens that it would hold on one device (batched migration: each device's boundary, less than a batch apart).
+An `attend` runs over each device's own tokens and merges the partial results once: a `pmax` and a `psum` of the size of the
+output, the only communication there is. (vLLM's decode context parallelism deals out positions in the same way.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from jaxkv import softmax, update
+from jaxkv import state as whole
+from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
+from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query
+from jaxkv.config import KvCacheConfig
+from jaxkv.scoring import Scoring
+from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
+from jaxkv.softmax import Partial
+from jaxkv.state import CacheState, Segment, segments
+from jaxkv.tokens import Index
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """One cache on many devices. Made by `init`; the verbs of this module return a new one."""
+
+    cache: CacheState  # config: one device's share; leaves: [C, ...], inside shard_map [1, ...], of what `jaxkv.init` allocates
+    end: jax.Array  # [B] or [L, B] int32: the next position of the whole
+    axes: Axes = dataclasses.field(metadata={"static": True})
+
+    @property
+    def specs(self) -> Any:
+        """The partition spec of every leaf, a tree like this one: `in_specs` and `out_specs` of `shard_map`."""
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.cache)
+        cache = specs(one, self.axes)
+        dealt = jax.tree.map(lambda spec: PartitionSpec(self.axes.context, *spec), cache)
+        return dataclasses.replace(self, cache=dealt, end=cache.end)
+
+
+def init(config: KvCacheConfig, batch_size: int, num_layers: int | None = None, *, mesh: Mesh, axes: Axes, **means: jax.Array) -> Shards:
+    """An empty cache dealt out over a mesh; each device allocates its own share. `means` as for `jaxkv.init`.
+
+    Raises:
+      ValueError: sizes that do not divide; see `sharding.share`.
+    """
+    check_divides("batch_size", batch_size, mesh, axes.batch)
+    part, parts = share(config, mesh, axes), size(mesh, axes.context)
+
+    def allocate(means: dict[str, jax.Array]) -> Shards:
+        all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
+        cache = dataclasses.replace(whole.init(all_heads, batch_size, num_layers, **means), config=part)
+        return Shards(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache), jnp.zeros_like(cache.end), axes)
+
+    return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(means)
+
+
+def append(shards: Shards, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None) -> Shards:
+    """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a device keeps its own positions."""
+    deal = _Deal.of(shards)
+    check_layer(layer, deal.cache.num_layers)
+    check_new_tokens(keys, values, deal.cache.batch_size, deal.cache.config.num_kv_heads, deal.cache.config.head_dim)
+    count = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
+    end = shards.end if layer is None else shards.end[layer]
+    own = deal.below(end + count) - deal.below(end)
+    cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
+    return _dealt(shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count))
+
+
+def attend(
+    shards: Shards,
+    query: jax.Array,
+    scale: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    layer: Index = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
+    deal = _Deal.of(shards)
+    check_layer(layer, deal.cache.num_layers)
+    count = as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1])
+    end = shards.end if layer is None else shards.end[layer]
+    attention = _Attention.of(deal, query, end - count, count, scale, options)
+    return attention.merged([attention.over(segments(deal.cache, layer), layer)], return_lse)
+
+
+def prefill(
+    shards: Shards,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    layer: Index = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> tuple[Shards, Any]:
+    """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
+    deal = _Deal.of(shards)
+    after = append(shards, keys, values, lengths, layer=layer)
+    count = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
+    end = shards.end if layer is None else shards.end[layer]
+    first, stop = deal.below(end), deal.below(end + count)
+    raw = raw_segment(deal.own(keys, end), deal.own(values, end), stop - first, first)
+    attention = _Attention.of(deal, query, end, count, scale, options)
+    return after, attention.merged([attention.over(segments(deal.cache, layer), layer), attention.over([raw], None)], return_lse)
+
+
+def evict(shards: Shards, count: ArrayLike) -> Shards:
+    """`jaxkv.evict`; a row that any device refuses stays as it was on all."""
+    deal = _Deal.of(shards)
+    begin = deal.total(deal.cache.begin)
+    count = as_counts("count", count, deal.cache.batch_size, None)
+    return _drop(shards, deal, update.evict, deal.below(begin + count) - deal.below(begin), shards.end)
+
+
+def rewind(shards: Shards, count: ArrayLike) -> Shards:
+    """`jaxkv.rewind`; a row that any device refuses stays as it was on all."""
+    deal = _Deal.of(shards)
+    end = shards.end - as_counts("count", count, deal.cache.batch_size, None)
+    return _drop(shards, deal, update.rewind, deal.below(shards.end) - deal.below(end), end)
+
+
+def _drop(shards: Shards, deal: _Deal, verb: Callable[..., CacheState], count: jax.Array, end: jax.Array) -> Shards:
+    """The shards after `verb` with `count` [B] or [L, B] on this device, in rows where all devices agree."""
+    fresh = dataclasses.replace(deal.cache, status=jnp.zeros_like(deal.cache.status))
+    after = (verb if end.ndim == 1 else jax.vmap(verb))(fresh, count)
+    status = after.status if deal.axis is None else lax.pmax(after.status, deal.axis)
+    refused = status > 0
+    kept = jnp.where(refused[..., None], deal.cache.kept, after.kept)
+    local_end = jnp.where(refused, deal.cache.end, after.end)
+    cache = dataclasses.replace(deal.cache, end=local_end, kept=kept, status=deal.cache.status | status)
+    return _dealt(shards, cache, jnp.where(refused, shards.end, end))
+
+
+def _dealt(shards: Shards, cache: CacheState, end: jax.Array) -> Shards:
+    return dataclasses.replace(shards, cache=jax.tree.map(lambda leaf: leaf[None], cache), end=end)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Deal:
+    """What this device has: its cache, and its place among the `parts` devices that positions are dealt to."""
+
+    cache: CacheState
+    axis: str | None
+    parts: int
+    part: jax.Array
+
+    @classmethod
+    def of(cls, shards: Shards) -> _Deal:
+        cache, axis = jax.tree.map(lambda leaf: leaf.squeeze(0), shards.cache), shards.axes.context
+        return cls(cache, None, 1, jnp.int32(0)) if axis is None else cls(cache, axis, lax.axis_size(axis), lax.axis_index(axis))
+
+    def below(self, position: jax.Array) -> jax.Array:
+        """How many of the positions below `position` are this device's."""
+        return (position - self.part + self.parts - 1) // self.parts
+
+    def own(self, x: jax.Array, end: jax.Array) -> jax.Array:
+        """Those of the tokens [B, T, K, H] at positions end, end + 1, ... that are this device's, [B, ceil(T / C), K, H]."""
+        if self.parts == 1:
+            return x
+        index = ((self.part - end) % self.parts)[:, None] + jnp.arange(0, x.shape[1], self.parts, dtype=jnp.int32)
+        return jnp.take_along_axis(x, index.clip(0, x.shape[1] - 1)[..., None, None], axis=1)
+
+    def total(self, counts: jax.Array) -> jax.Array:
+        return counts if self.axis is None else lax.psum(counts, self.axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Dealt(Scoring):
+    """Scoring of keys that are given by their position on this device."""
+
+    deal: _Deal
+
+    def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
+        return super().visible(query, self._whole(key), sink_tokens * self.deal.parts)
+
+    def adjust(self, scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        return super().adjust(scores, query, self._whole(key))
+
+    def _whole(self, position: jax.Array) -> jax.Array:
+        return position * self.deal.parts + self.deal.part
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """Attention of queries [B, T, N, H] at `position` [B, T] over what all devices hold."""
+
+    deal: _Deal
+    query: jax.Array
+    position: jax.Array
+    scoring: Scoring
+
+    @classmethod
+    def of(
+        cls, deal: _Deal, query: jax.Array, first: jax.Array, count: jax.Array, scale: ArrayLike | None, options: dict[str, Any]
+    ) -> _Attention:
+        config = deal.cache.config
+        check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
+        index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+        position = jnp.where(index < count[:, None], first[:, None] + index, -1)
+        return cls(deal, query, position, _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal))
+
+    def over(self, parts: list[Segment], layer: Index) -> Partial:
+        """Over segments of this device."""
+        return over_segments(parts, self.query, self.position, self.scoring, self.deal.cache.config.sink_tokens, layer)
+
+    def merged(self, partials: list[Partial], return_lse: bool) -> Any:
+        """Over the tokens of all devices: outputs like the query."""
+        merged = softmax.merge(partials)
+        if self.deal.axis is not None:
+            top = lax.pmax(merged.max, self.deal.axis)
+            weight = jnp.exp(merged.max - top)
+            out, total = lax.psum((merged.out * weight[..., None], merged.sum * weight), self.deal.axis)
+            merged = Partial(out, top, total)
+        return finish([merged], self.scoring, self.query, return_lse)
