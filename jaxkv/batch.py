@@ -42,7 +42,7 @@ def replace_rows(state: CacheState, rows: ArrayLike, new: CacheState) -> CacheSt
     _check_alike("new", new, "state", state)
     given = jnp.atleast_1d(rows) if isinstance(rows, jax.Array) else np.atleast_1d(rows)
     if given.shape != (new.batch_size,) or not jnp.issubdtype(given.dtype, jnp.integer):
-        raise ValueError(f"rows has shape {given.shape} and dtype {given.dtype}: must be ints, one for each of the {new.batch_size} new rows")
+        raise ValueError(f"rows has shape {given.shape}, dtype {given.dtype}: must be ints, one for each of the {new.batch_size} new rows")
     if is_concrete(given):
         _check_rows(np.asarray(given), state.batch_size)
     target = jnp.where(given < 0, state.batch_size, given)

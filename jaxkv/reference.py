@@ -65,42 +65,26 @@ def mirror_of(first: Array, fmt: Precision | QuantSpec) -> Array:
     """
     if isinstance(fmt, Precision) or not fmt.align:
         return np.zeros_like(first[0])
-    whole = mean_in_bytes(first, fmt)
+    mean = (rotate(first) if fmt.rotate else first).sum(0)
+    most = np.abs(mean).max(-1, keepdims=True)
+    whole = np.rint(mean * (127 / np.where(most > 0, most, 1)))
     norm = np.sqrt((whole * whole).sum(-1, keepdims=True))
     unit = np.where(whole.sum(-1, keepdims=True) < 0, -whole, whole) / np.maximum(norm, 1)
     mirror = (unit - first.shape[-1] ** -0.5).astype(np.float16).astype(np.float32)
     return np.where(norm > 0, mirror, np.float32(0))
 
 
-def mean_in_bytes(first: Array, fmt: QuantSpec) -> Array:
-    """The direction of the mean of tokens [n, K, H] as whole numbers up to 127, rotated where `fmt` rotates."""
-    mean = (rotate(first) if fmt.rotate else first).sum(0).astype(np.float64)
-    most = np.abs(mean).max(-1, keepdims=True)
-    return np.rint(mean * (127 / np.where(most > 0, most, 1)))
-
-
-def reflect(x: Array, mirror: Array, cut: bool = False) -> Array:
-    """Householder reflection of x [T, K, H]; with `cut`, its factors have 12 significant bits."""
-    along = along_mirror(cut_bits(x) if cut else x, mirror)
-    return x - mirror * (cut_bits(along) if cut else along)
-
-
-def along_mirror(x: Array, mirror: Array) -> Array:
-    """How many mirrors long the step of a reflection is, [T, K, 1]."""
-    square = (mirror.astype(np.float64) ** 2).sum(-1, keepdims=True)
-    along: Array = 2 * (x * mirror.astype(np.float64)).sum(-1, keepdims=True) / np.where(square > 0, square, 1)
-    return along.astype(np.float32)
-
-
-def cut_bits(x: Array) -> Array:
-    """Float32 without the last 12 of its 24 significant bits."""
-    return (x.view(np.int32) & -4096).view(np.float32)
+def reflect(x: Array, mirror: Array) -> Array:
+    """Householder reflection of x [T, K, H] at the plane orthogonal to mirror [K, H]; its own inverse."""
+    square = (mirror * mirror).sum(-1, keepdims=True)
+    along = (x * mirror).sum(-1, keepdims=True) / np.where(square > 0, square, 1)
+    return x - 2 * along * mirror
 
 
 def to_groups(x: Array, spec: QuantSpec, mirror: Array) -> Array:
     """The elements of x [T, K, H] in the basis of `spec`, those that share a scale on the last axis."""
     x = rotate(x) if spec.rotate else x
-    x = reflect(x, mirror, cut=True)
+    x = reflect(x, mirror)
     x = np.moveaxis(x, 0, -1) if spec.axis == "channel" else x  # a channel's group: consecutive tokens
     return x.reshape(-1, spec.group_size or x.shape[-1])
 

@@ -44,10 +44,9 @@ def specs(state: CacheState, axes: Axes) -> Any:
         # One group over all heads has one scale, which every device needs.
         return PartitionSpec(*lead, axes.batch, axes.heads if leaf.shape[len(lead) + 1] > 1 else None)
 
-    rows = PartitionSpec(*lead, axes.batch)
-    held: Any = jax.tree.map(of_tokens, (state.sinks, state.tiers))
-    position: Any = rows
-    return CacheState(*held, position, position, position, state.config)
+    rows: Any = PartitionSpec(*lead, axes.batch)
+    sinks, tiers = jax.tree.map(of_tokens, (state.sinks, state.tiers))
+    return dataclasses.replace(state, sinks=sinks, tiers=tiers, end=rows, kept=rows, status=rows)
 
 
 def place(state: CacheState, mesh: Mesh, axes: Axes) -> CacheState:

@@ -24,6 +24,7 @@ from jaxkv import state as whole
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query
 from jaxkv.config import KvCacheConfig
+from jaxkv.kernels.dispatch import Implementation
 from jaxkv.scoring import Scoring
 from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.softmax import Partial
@@ -217,7 +218,10 @@ class _Attention:
 
     def over(self, parts: list[Segment], layer: Index) -> Partial:
         """Over segments of this device."""
-        return over_segments(parts, self.query, self.position, self.scoring, self.deal.cache.config.sink_tokens, layer)
+        # The GPU kernel takes positions as they are; dealt out, they are for `_Dealt` to interpret.
+        implementation: Implementation = "xla" if self.deal.parts > 1 else None
+        sink_tokens = self.deal.cache.config.sink_tokens
+        return over_segments(parts, self.query, self.position, self.scoring, sink_tokens, layer, implementation)
 
     def merged(self, partials: list[Partial], return_lse: bool) -> Any:
         """Over the tokens of all devices: outputs like the query."""

@@ -1,7 +1,7 @@
 """A cache on disk: one safetensors file that is whole or absent, and is refused if a single byte of it has changed.
 
     tensors   the state's arrays by path (`tiers/1/keys/data`), of rings that are not full only the slots in use
-    metadata  jaxkv_version; sha256 of the file, taken with 64 zeros in its place; cache: JSON of the config, the batch and the chain of tiers
+    metadata  jaxkv_version; sha256 of the file, taken with 64 zeros in its place; cache: JSON of config, chain of tiers, and batch
 
 `save` needs the package safetensors; any safetensors reader opens the file. `load` reads it by itself, so that the bytes that it has
 verified are the bytes that it uses. States on several hosts are for a checkpoint library: they are pytrees.
@@ -95,8 +95,7 @@ def load(
     def read(where: Any, full: Any) -> jax.Array:
         entry = header[_name(where)]
         stored = np.frombuffer(buffer, _DTYPES[entry["dtype"]], int(np.prod(entry["shape"])), first + entry["data_offsets"][0])
-        lead = (slice(None),) * (num_layers is not None)
-        part = stored.reshape(entry["shape"])[(*lead, chosen)]
+        part = np.take(stored.reshape(entry["shape"]), chosen, axis=0 if num_layers is None else 1)
         array = np.zeros(full.shape, full.dtype)
         array[tuple(slice(size) for size in part.shape)] = part
         return jnp.asarray(array)
@@ -118,8 +117,11 @@ def _arrays(state: CacheState) -> dict[str, np.ndarray]:
     config, used = state.config, max(int(np.max(state.end)) - state.config.sink_tokens, 0)
 
     def cut(held: Tokens, fmt: Format, capacity: int) -> Tokens:
-        sizes = tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim)
-        return jax.tree.map(lambda leaf, size: np.asarray(leaf)[(..., *map(slice, size.shape))], held, sizes)
+        def array(leaf: Any, wanted: Any) -> np.ndarray:
+            index: tuple[Any, ...] = (..., *map(slice, wanted.shape))
+            return np.asarray(leaf)[index]
+
+        return jax.tree.map(array, held, tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim))
 
     tiers = []
     for tier, spec in zip(state.tiers, config.chain, strict=True):

@@ -92,7 +92,7 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
             return f"it cannot read {fmt} in the {part.spec.name} tier"
         # Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB.
-        if any(array is not None and array.size > 2**31 and array.nbytes <= 2**32 for array in arrays.values()):
+        if any(array is not None and 2**31 < array.size <= 2**32 // array.dtype.itemsize for array in arrays.values()):
             return f"the {part.spec.name} tier has an array of 2 to 4 GiB of bytes, where Pallas-Triton's offsets overflow: split the batch"
     return None
 

@@ -1,12 +1,12 @@
 """One tier's partial attention as a GPU kernel: packed codes are read once, unpacked in registers and never written back.
 
-The grid is (split, kv head and chunk of queries, row). A program walks its share of the row's blocks of slots with an online softmax. Bounds
-are read inside: capacity without tokens, or beyond a window, costs nothing, and the splits share evenly what there is, so that one long
-sequence fills the chip. Their partial results are merged after (`_over_splits`).
+The grid is (split, kv head and chunk of queries, row). A program walks its share of the row's blocks of slots with an online softmax.
+Bounds are read inside: capacity without tokens, or beyond a window, costs nothing, and the splits share evenly what there is, so that one
+long sequence fills the chip. Their partial results are merged after (`_over_splits`).
 
-All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16 terms (`pallas_codes`) stacked in the rows,
-of which a matrix unit has 16 at least: the second term of up to 8 queries is free. Scores and outputs are off by 2**-16 of the sum of their
-terms' sizes at most, bfloat16 attention by 2**-8.
+All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16 terms (`pallas_codes`) stacked in the
+rows, of which a matrix unit has 16 at least: the second term of up to 8 queries is free. A product of two numbers is off by 2**-16 of itself
+at most, bfloat16 attention's by 2**-8.
 
 The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the reason to write for Mosaic GPU, and
 Triton pipelines the loads, unpacks in registers and runs on every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12);

@@ -51,18 +51,18 @@ def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, sums: Any
     by_slot = jnp.zeros((plan.rows, plan.slots))
     tiles = [jnp.zeros((plan.rows, padded(plan.value.size)))] * plan.value.count
     zeros = jnp.full((plan.rows,), FLOOR), by_slot, [by_slot] * len(plan.value.kinds), tiles
-    _finish(plan.value, lax.fori_loop(*_steps(plan, bounds), visit, zeros), *outs)
+    start, stop = steps(plan, bounds[0], bounds[1], pl.program_id(0))
+    _finish(plan.value, lax.fori_loop(start, stop, visit, zeros), *outs)
 
 
-def _steps(plan: Plan, bounds: Any) -> tuple[jax.Array, jax.Array]:
-    """This split's share [start, stop) of the blocks that hold the row's positions, counted from the first of them around the ring."""
-    low, stop = bounds[0], bounds[1]
+def steps(plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A split's share of the blocks that hold positions [low, stop), counted around the ring from the one that holds `low`."""
     first, last = (low - plan.offset) % plan.capacity, (stop - 1 - plan.offset) % plan.capacity
     blocks = last // plan.slots - first // plan.slots + 1
     blocks = jnp.minimum(jnp.where(first <= last, blocks, blocks + plan.blocks), plan.blocks)
     blocks = jnp.where(low < stop, blocks, 0)
     share = (blocks + plan.splits - 1) // plan.splits
-    start = jnp.minimum(pl.program_id(0) * share, blocks)
+    start = jnp.minimum(split * share, blocks)
     return start, jnp.minimum(start + share, blocks)
 
 

@@ -69,10 +69,9 @@ def partial_attention(
         more = value.weigh(weights, tokens.block(tier.values, spec.value, start, size, layer), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
-    # Under shard_map a loop's carry must start out as varying over the mesh as it will become.
-    axes = tuple(sorted(jax.typeof(query).vma | jax.typeof(part.low).vma | jax.typeof(tier.keys.data).vma))
-    start = jnp.full(query.shape[:3], FLOOR), value.zeros(query.shape[:3])
-    carry = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), start) if axes else start
+    # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
+    zero = query[..., 0] * 0 + (part.low * 0)[:, None, None]
+    carry = FLOOR + zero, jax.tree.map(lambda x: x + zero[..., None], value.zeros(query.shape[:3]))
     if spec.capacity <= size:
         carry = visit(jnp.int32(0), carry)
     else:
