@@ -38,8 +38,10 @@ class Quantized:
     """Quantized tokens on their way into or out of a tier, group axes beside their elements."""
 
     codes: jax.Array  # [B, T, K, H // codes_per_byte] int8
-    scale: jax.Array  # token axis [B, T, K or 1, H // group]; channel axis [B, T // group, K, H]; float16
-    zero_point: jax.Array | None  # as scale; None where symmetric
+    scale: jax.Array | None  # token axis [B, T, K or 1, H // group]; channel axis [B, T // group, K, H]; float16, two-level uint8
+    zero_point: jax.Array | None  # as scale (two-level int8); None where symmetric
+    scale_unit: jax.Array | None = None  # two-level: [B, T, 1, 1] float16
+    zero_unit: jax.Array | None = None
 
 
 def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
@@ -57,9 +59,26 @@ def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
         scale, zero_point = _rounded((high - low) / spec.levels), _half(low)
     else:
         scale, zero_point = _best_range(spec, groups, low, high)
+    units: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    stored = scale.astype(SCALE_DTYPE), zero_point.astype(SCALE_DTYPE)
+    if spec.two_level:
+        units = _unit(scale, 255), _unit(zero_point, 127)
+        stored = _whole(scale, units[0], 1, 255), _whole(zero_point, units[1], -127, 127)
+        scale, zero_point = (a.astype(jnp.float32) * unit for a, unit in zip(stored, units, strict=True))
     codes = _codes(spec, groups, scale, zero_point).astype(jnp.int32).reshape(x.shape)
-    stored = [a.squeeze(axis).astype(SCALE_DTYPE) for a in (scale, zero_point)]
-    return Quantized(pack(codes, spec.bits), stored[0], None if spec.symmetric else stored[1])
+    stored_scale, stored_zero = (a.squeeze(axis) for a in stored)
+    halves = [unit if unit is None else unit.squeeze(axis).astype(SCALE_DTYPE) for unit in units]
+    return Quantized(pack(codes, spec.bits), stored_scale, None if spec.symmetric else stored_zero, *halves)
+
+
+def _unit(x: jax.Array, most: int) -> jax.Array:
+    """What [B, T, K, n, 1] is counted in, per token: its largest element is `most` of them. As it will be stored, in float32."""
+    return _rounded(jnp.max(jnp.abs(x), axis=(2, 3), keepdims=True) / most)
+
+
+def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.Array:
+    assert unit is not None
+    return jnp.clip(jnp.round(x / unit), least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
 
 
 def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,9 +141,18 @@ def dequantize(spec: QuantSpec, q: Quantized) -> jax.Array:
     """The tokens [B, T, K, H] float32 that the codes stand for, still rotated and centred."""
     codes = unpack(q.codes, spec.bits).astype(jnp.float32)
     groups, axis = _grouped(spec, codes)
-    scale = jnp.expand_dims(q.scale.astype(jnp.float32), axis)
-    zero_point = full_zero_point(spec, q.scale, q.zero_point)
-    return (groups * scale + jnp.expand_dims(zero_point, axis)).reshape(codes.shape)
+    scale, zero_point = widened(q.scale, q.scale_unit), widened(q.zero_point, q.zero_unit)
+    assert scale is not None
+    zero_point = full_zero_point(spec, scale, zero_point)
+    return (groups * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero_point, axis)).reshape(codes.shape)
+
+
+def widened(stored: jax.Array | None, unit: jax.Array | None) -> jax.Array | None:
+    """Scales or zero points in float32, whatever they are stored in."""
+    if stored is None:
+        return None
+    wide = stored.astype(jnp.float32)
+    return wide if unit is None else wide * unit.astype(jnp.float32)
 
 
 def full_zero_point(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:

@@ -54,13 +54,15 @@ class QuantSpec:
       bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
       group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's head (a divisor of
         `head_dim`), or `num_kv_heads * head_dim` for one group per token over all heads, as in the original. `axis="channel"`:
-        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64, or 32 tokens.
+        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64 (two-level: 32), or 32 tokens.
       axis: "token" or "channel".
       symmetric: no zero point; codes are centred on zero.
       rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries and outputs are rotated
         once per step; stored tokens never are.
       align: an orthogonal reflection turns the mean of the row's first tokens into a constant vector, which the zero point absorbs. It
         takes the large common component out of keys (and any bias of the key projection) at no bits and no cost per token.
+      two_level: scales and zero points are small integers (8 bits) under one 16-bit unit per token (k-quants; Q4K), so that groups
+        of half the size cost the same.
       center: subtract a mean that the caller gives to `init` (a key bias known beforehand).
     """
 
@@ -71,6 +73,7 @@ class QuantSpec:
     rotate: bool = False
     align: bool = False
     center: bool = False
+    two_level: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -79,6 +82,8 @@ class QuantSpec:
             raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size}: must be positive, or None for the default")
+        if self.two_level and (self.symmetric or self.axis == "channel"):
+            raise ValueError("two_level=True is for groups with a zero point per token: leave symmetric=False and axis='token'")
         if self.align and (self.symmetric or self.axis == "channel"):
             raise ValueError("align=True needs a zero point per token: leave symmetric=False and axis='token'")
 
@@ -223,14 +228,14 @@ class KvCacheConfig:
     def _resolve(self, spec: QuantSpec | None) -> QuantSpec | None:
         if spec is None or spec.group_size is not None:
             return spec
-        divisors = (size for size in range(min(64, self.head_dim), 0, -1) if self.head_dim % size == 0)
+        divisors = (size for size in range(32 if spec.two_level else 64, 0, -1) if self.head_dim % size == 0)
         return dataclasses.replace(spec, group_size=32 if spec.axis == "channel" else next(divisors))
 
 
 _DEFAULT_SPECS = {
     Precision.Q8: QuantSpec(8),
     Precision.Q4: QuantSpec(4, rotate=True, align=True),
-    Precision.Q4K: QuantSpec(4, rotate=True, align=True),
+    Precision.Q4K: QuantSpec(4, rotate=True, align=True, two_level=True),
     Precision.Q2: QuantSpec(2, rotate=True, align=True),
 }
 

@@ -18,6 +18,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "Q8": (dict(store_precision=Precision.Q8), "When nothing may be lost: half the memory, no measurable difference."),
     "Q4": (dict(store_precision=Precision.Q4), "The default: 28 % of the memory, a loss that few tasks notice."),
     "Q4_SINKS": (dict(store_precision=Precision.Q4, sink_tokens=64), "The best 4 bits: the first 64 tokens stay exact."),
+    "Q4K": (dict(store_precision=Precision.Q4K), "Smaller groups at the price of Q4's: for models with wide outliers."),
     "K4V2": (
         dict(key_quant=_coded(4), value_quant=_coded(2), sink_tokens=64),
         "A fifth of the memory: values bear 2 bits, keys do not.",

@@ -176,7 +176,7 @@ def stats(state: CacheState) -> KvCacheStats:
 def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
     """Device bytes of one token of one layer in a tier: codes, scales and zero points of keys and values."""
     halves = [tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim) for fmt in (spec.key, spec.value)]
-    arrays = [array for half in halves for array in (half.data, half.scale, half.zero_point) if array is not None]
+    arrays = jax.tree.leaves([dataclasses.replace(half, mean=None, mirror=None) for half in halves])
     return float(sum(array.size * array.dtype.itemsize for array in arrays)) / spec.capacity
 
 

@@ -5,7 +5,8 @@ Layout (B rows, K kv heads, S slots, H head dim; [L, ...] in front where a state
     float tiers      data [B, K, S, H]; bfloat16 as its int16 bits: XLA:CPU widens a scatter or a loop's slices of bfloat16, and with
                      them the whole buffer, to float32 (40 ms an append at 16k tokens); integers stay as they are
     quantized tiers  data [B, K, S, W] int8 words (`codec.pack`), W = H * bits // 8
-                     scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis [B, K, S // group, H]; float16
+                     scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis [B, K, S // group, H]; float16,
+                     or uint8 and int8 in units of scale_unit, zero_unit [B, 1, 1, S] float16 (two-level)
                      mean, mirror [B, K, H] float32 where the spec centres or aligns
 
 Head-major because a block of one head's tokens is then one contiguous read: on CPU the token-major [B, S, K, W] was six times as slow.
@@ -37,6 +38,8 @@ class Tokens:
     zero_point: jax.Array | None = None
     mean: jax.Array | None = None
     mirror: jax.Array | None = None
+    scale_unit: jax.Array | None = None
+    zero_unit: jax.Array | None = None
 
 
 def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
@@ -44,9 +47,11 @@ def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
     if isinstance(fmt, Precision):
         return Tokens(_array((heads, capacity, head_dim), "int16" if fmt is Precision.BF16 else fmt.dtype_name))
     data = _array((heads, capacity, head_dim // fmt.codes_per_byte), jnp.int8)
-    scale = _array(_scale_shape(fmt, heads, capacity, head_dim), codec.SCALE_DTYPE)
+    shape, unit = _scale_shape(fmt, heads, capacity, head_dim), _array((1, 1, capacity), codec.SCALE_DTYPE)
+    scale, zero_point = (_array(shape, small if fmt.two_level else codec.SCALE_DTYPE) for small in (jnp.uint8, jnp.int8))
+    units = (unit, unit) if fmt.two_level else (None, None)
     row = _array((heads, head_dim), jnp.float32)
-    return Tokens(data, scale, None if fmt.symmetric else scale, row if fmt.center else None, row if fmt.align else None)
+    return Tokens(data, scale, None if fmt.symmetric else zero_point, row if fmt.center else None, row if fmt.align else None, *units)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -113,6 +118,9 @@ class Basis:
         return codec.inverse_hadamard(x) if self._rotates else x
 
 
+_SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
+
+
 def mean_of(tokens: Tokens, layer: Index) -> jax.Array | None:
     return tokens.mean if tokens.mean is None or layer is None else tokens.mean[layer]
 
@@ -165,11 +173,12 @@ def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer
     def put(old: jax.Array | None, new: jax.Array | None, place: tuple[Any, ...]) -> jax.Array | None:
         return None if old is None or new is None else old.at[place].set(new, mode="drop")
 
-    codes, scale, zero_point = _arrays(encoded)
-    data, place = put(tokens.data, codes, _data_place(slots, layer)), _scale_place(fmt, slots, layer)
+    if isinstance(encoded, jax.Array):
+        encoded = codec.Quantized(encoded, None, None)
+    data, place = put(tokens.data, encoded.codes, _data_place(slots, layer)), _scale_place(fmt, slots, layer)
     assert data is not None
-    scale, zero_point = put(tokens.scale, scale, place), put(tokens.zero_point, zero_point, place)
-    return dataclasses.replace(tokens, data=data, scale=scale, zero_point=zero_point)
+    scales = {name: put(getattr(tokens, name), getattr(encoded, name), place) for name in _SCALES}
+    return dataclasses.replace(tokens, data=data, **scales)
 
 
 def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
@@ -178,14 +187,8 @@ def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Arr
     if tokens.scale is None:
         return floats(data)
     place = _scale_place(fmt, slots, layer)
-    zero_point = None if tokens.zero_point is None else tokens.zero_point[place]
-    return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, tokens.scale[place], zero_point))
-
-
-def _arrays(encoded: Encoded) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    if isinstance(encoded, jax.Array):
-        return encoded, None, None
-    return encoded.codes, encoded.scale, encoded.zero_point
+    arrays = [array if array is None else array[place] for array in (getattr(tokens, name) for name in _SCALES)]
+    return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, *arrays))
 
 
 def _data_place(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
@@ -206,7 +209,10 @@ def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
 
 
 def block(tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index) -> Tokens:
-    """The slots [start, start + size) of one layer, still encoded; `start` and `size` are multiples of a channel group."""
+    """The slots [start, start + size) of one layer, still encoded but for two-level scales, which are widened to float32.
+
+    `start` and `size` are multiples of a channel group.
+    """
     group = channel_group(fmt)
 
     def cut(array: jax.Array | None, axis: int, unit: int) -> jax.Array | None:
@@ -223,4 +229,9 @@ def block(tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index
     axis = 3 if group == 1 else 2
     data = cut(tokens.data, 2, 1)
     assert data is not None
-    return Tokens(data, cut(tokens.scale, axis, group), cut(tokens.zero_point, axis, group))
+    scale, zero_point, scale_unit, zero_unit = (
+        cut(array, axis, group) for array in (tokens.scale, tokens.zero_point, tokens.scale_unit, tokens.zero_unit)
+    )
+    if scale_unit is not None:
+        scale, zero_point = codec.widened(scale, scale_unit), codec.widened(zero_point, zero_unit)
+    return Tokens(data, scale, zero_point)

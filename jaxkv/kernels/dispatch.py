@@ -20,6 +20,7 @@ from jaxkv.tokens import Index
 Implementation = Literal["xla", "pallas"] | None
 
 MOST_HEAD_DIM = 256
+READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
 
 
@@ -88,7 +89,7 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
     for held, fmt in ((part.tier.keys, part.spec.key), (part.tier.values, part.spec.value)):
         arrays = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
-        unknown = [name for name, array in arrays.items() if array is not None and name not in ("data", "scale", "zero_point", "mean")]
+        unknown = [name for name, array in arrays.items() if array is not None and name not in READABLE]
         if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
             return f"it cannot read {fmt} in the {part.spec.name} tier"
         # Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB.

@@ -26,7 +26,7 @@ from jaxkv.config import Format, Precision, QuantSpec
 LEAST = 16
 """The fewest rows or columns of a matrix unit's tile."""
 
-Refs = tuple[Any, Any, Any]  # whole arrays of one side in device memory: data, scale, zero point; None where absent
+Refs = Any  # `Tokens` of one side, whole arrays in device memory
 Kind = tuple[int, bool]  # what tiles differ in by offset: their group, and whether they are of the words' last part
 
 
@@ -67,6 +67,12 @@ class Block:
         index = (*self.place[:-1], self.place[-1] if ref.shape[-3] > 1 else 0, group, self.slot)
         found = _load(ref.at[index], self.inside).astype(jnp.float32)
         return found if self.valid is None else jnp.where(self.valid, found, 0)
+
+    def by_token(self, ref: Any, unit: Any, group: int) -> Any:
+        """The scales or zero points [S] of a group, in units where they have two levels; None where absent."""
+        if ref is None:
+            return None
+        return self.row(ref, group) if unit is None else self.row(ref, group) * self.row(unit, 0)
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
@@ -119,7 +125,7 @@ class Side:
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
         """The terms [S, padded(size)] bfloat16 of every tile, zeros beyond `size`."""
         columns = jnp.arange(padded(self.size))[None]
-        data = block.tile(refs[0], block.slot[:, None], columns, self.size, block.inside if block.valid is None else block.valid)
+        data = block.tile(refs.data, block.slot[:, None], columns, self.size, block.inside if block.valid is None else block.valid)
         if data.dtype == jnp.int16:
             return [[lax.bitcast_convert_type(data, jnp.bfloat16)]]
         return [two_terms(data.astype(jnp.float32))]
@@ -147,7 +153,7 @@ class _Coded(Side):
         """The bits of every tile's codes where they lie in the words, [S, padded(size)] int8."""
         columns = jnp.arange(padded(self.size))[None]
         pieces = [
-            block.tile(refs[0], block.slot[:, None], first + columns, self.size, block.inside)
+            block.tile(refs.data, block.slot[:, None], first + columns, self.size, block.inside)
             for first in range(0, self.words, self.size)
         ]
         return [pieces[tile % len(pieces)] & _int8(self.mask(tile)) for tile in range(self.count)]
@@ -185,10 +191,10 @@ class TokenGroups(_Coded):
         return [kind for kind in found if not (self.fmt.symmetric and kind[1])]  # a last part is centred as it is
 
     def scale(self, refs: Refs, block: Block, group: int) -> jax.Array:
-        return block.row(refs[1], group)
+        return block.by_token(refs.scale, refs.scale_unit, group)
 
     def offset(self, refs: Refs, block: Block, kind: Kind) -> jax.Array:
-        zero_point = None if refs[2] is None else block.row(refs[2], kind[0])
+        zero_point = block.by_token(refs.zero_point, refs.zero_unit, kind[0])
         return self.shift(self.scale(refs, block, kind[0]), zero_point, kind[1])
 
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
@@ -206,18 +212,19 @@ class Dequantized(_Coded):
         return [two_terms(self.dequantized(refs, block, tile, words)) for tile, words in enumerate(self.masked(refs, block))]
 
     def dequantized(self, refs: Refs, block: Block, tile: int, words: jax.Array) -> jax.Array:
-        element = tile * self.size + jnp.arange(padded(self.size))[None]
-        if self.fmt.axis == "channel":
-            rows, columns = block.slot[:, None] // self.group, element
-        else:
-            rows, columns = element // self.group, block.slot[:, None]
-        mask = block.inside if block.valid is None else block.valid
-        scale, zero_point = (
-            None if ref is None else block.tile(ref, rows, columns, self.size, mask).astype(jnp.float32) for ref in refs[1:]
-        )
-        assert scale is not None
         codes = words.astype(jnp.float32) * 2.0 ** (-self.fmt.bits * self.part(tile))
-        return codes * scale + self.shift(scale, zero_point, self.is_last(tile))
+        scale = self.by_element(refs.scale, refs.scale_unit, block, tile)
+        return codes * scale + self.shift(scale, self.by_element(refs.zero_point, refs.zero_unit, block, tile), self.is_last(tile))
+
+    def by_element(self, ref: Any, unit: Any, block: Block, tile: int) -> Any:
+        """The scales or zero points [S, padded(size)] of a tile's elements."""
+        if ref is None:
+            return None
+        slots, elements = block.slot[:, None], tile * self.size + jnp.arange(padded(self.size))[None]
+        index = (slots // self.group, elements) if self.fmt.axis == "channel" else (elements // self.group, slots)
+        mask = block.inside if block.valid is None else block.valid
+        found = block.tile(ref, *index, self.size, mask).astype(jnp.float32)
+        return found if unit is None else found * block.row(unit, 0)[:, None]
 
 
 def side(fmt: Format, head_dim: int) -> Side:

@@ -5,8 +5,8 @@ Bounds are read inside: capacity without tokens, or beyond a window, costs nothi
 long sequence fills the chip. Their partial results are merged after (`_over_splits`).
 
 All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16 terms (`pallas_codes`) stacked in the
-rows, of which a matrix unit has 16 at least: the second term of up to 8 queries is free. A product of two numbers is off by 2**-16 of itself
-at most, bfloat16 attention's by 2**-8.
+rows, of which a matrix unit has 16 at least: the second term of up to 8 queries is free. A product of two numbers is off by 2**-16 of
+itself at most, in bfloat16 attention by 2**-8.
 
 The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the reason to write for Mosaic GPU, and
 Triton pipelines the loads, unpacks in registers and runs on every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12);
@@ -27,12 +27,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jaxkv import tokens
-from jaxkv.config import QuantSpec
-from jaxkv.kernels.formats import reader
 from jaxkv.kernels.pallas_codes import padded, side, two_terms
 from jaxkv.kernels.pallas_kernel import Plan, kernel
-from jaxkv.softmax import FLOOR, Partial
+from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
 from jaxkv.tokens import Index
 
@@ -63,30 +60,22 @@ class Limits:
 def partial_attention(
     part: Segment, query: jax.Array, limits: Limits, layer: Index, *, tuning: Tuning = TUNING, interpret: bool = False
 ) -> Partial:
-    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as `xla.partial_attention`.
+    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as `xla.partial_attention`: a Partial [B, K, R].
 
-    Returns:
-      A Partial of shape [B, K, R], in the basis of the raw tokens.
+    Queries and result are in the basis of the codes.
     """
-    spec, tier, (b, k, r, h) = part.spec, part.tier, query.shape
+    spec, (b, k, r, h) = part.spec, query.shape
     rows = min(max(8, 1 << (r - 1).bit_length()), tuning.rows)
     chunks = pl.cdiv(r, rows)
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
     windowed, layered = limits.since is not None, layer is not None
     plan = Plan(side(spec.key, h), side(spec.value, h), spec.capacity, spec.offset, rows, tuning.slots, splits, windowed, layered)
-    key, value = (
-        reader(fmt, h, tokens.mean_of(held, layer)) if isinstance(fmt, QuantSpec) else None
-        for fmt, held in ((spec.key, tier.keys), (spec.value, tier.values))
-    )
     bounds, *limits_by_query = _bounds(part, limits, layer)
     pad = [(0, 0), (0, chunks * rows - r)]
     by_chunk = [jnp.pad(x, pad, constant_values=-1).reshape(b, chunks, rows) for x in limits_by_query]
-    rotated = jnp.pad((query if key is None else key.rotated(query)) * math.log2(math.e), [(0, 0), *pad, (0, 0)])
-    partials = _call(plan, (bounds, *by_chunk, *_operands(plan, rotated)), tier, tuning, interpret)
-    out, top, total = (x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r] for x in _over_splits(plan, *partials))
-    if key is not None and key.mean is not None:
-        top = jnp.where(total > 0, top + key.mean_score(query)[..., 0], FLOOR)
-    return Partial(out if value is None else value.restored(out, total), top, total)
+    operands = _operands(plan, jnp.pad(query * math.log2(math.e), [(0, 0), *pad, (0, 0)]))
+    partials = _call(plan, (bounds, *by_chunk, *operands), part.tier, tuning, interpret)
+    return Partial(*(x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r] for x in _over_splits(plan, *partials)))
 
 
 def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -123,7 +112,7 @@ def _over_splits(plan: Plan, out: jax.Array, top: jax.Array, total: jax.Array) -
 def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool) -> Any:
     bounds, upto, _, query, sums = small
     grid = plan.splits, query.shape[1], query.shape[0]
-    stored = [(held.data, held.scale, held.zero_point) for held in (tier.keys, tier.values)]
+    stored = tier.keys, tier.values
 
     def spec(array: jax.Array, index: Callable[..., Any]) -> pl.BlockSpec:
         lead = array.ndim - 2 if array.ndim < 4 else 2
@@ -144,7 +133,7 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
             pl.BlockSpec((None, bounds.shape[1]), lambda s, c, b: (b, 0)),
             *[pl.BlockSpec((None, None, plan.rows), lambda s, c, b: (b, c % upto.shape[1], 0))] * 2,
             *[spec(array, lambda c, b: (b, c)) for array in (query, sums)],
-            *[tuple(None if array is None else pl.BlockSpec() for array in held) for held in stored],
+            *jax.tree.map(lambda _: pl.BlockSpec(), stored),
         ],
         out_specs=[spec for spec, _ in outs],
         out_shape=[shape for _, shape in outs],

@@ -36,7 +36,7 @@ class Plan:
 
 
 def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, sums: Any, keys: Refs, values: Refs, *outs: Any) -> None:
-    chunks = pl.num_programs(1) // keys[0].shape[-3]
+    chunks = pl.num_programs(1) // keys.data.shape[-3]
     place = (*((bounds[4],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
     queries = [query[tile] for tile in range(plan.key.count)], [sums[index] for index in range(len(plan.key.kinds))]
     limits = upto[...], since[...] if plan.windowed else None, bounds[3]
