@@ -14,7 +14,7 @@ from jaxkv import softmax
 from jaxkv.checks import as_counts, check_layer, check_query
 from jaxkv.config import KvCacheConfig, Precision, TierSpec
 from jaxkv.kernels import dispatch
-from jaxkv.scoring import Scoring
+from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
 from jaxkv.tokens import Index, Tokens, basis_of
@@ -122,7 +122,7 @@ def over_segments(
             return Partial(value_basis.output(found.out, found.sum), top, found.sum)
 
         folded = fold(query.astype(jnp.float32) * scoring.scale, heads)
-        newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], jnp.iinfo(jnp.int32).max - 1)
+        newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], EVERY)
         return softmax.merge([over(part) for part in parts])
 
     if size <= QUERY_BLOCK:

@@ -14,6 +14,10 @@ from jaxkv import softmax
 from jaxkv.softmax import Partial
 
 
+EVERY = jnp.iinfo(jnp.int32).max - 1
+"""A position that none reaches."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scoring:
     """The options of attention, all combinable. Applied in this order: scale, soft cap, decay and bias, then the masks.
@@ -58,13 +62,16 @@ class Scoring:
         """Whether `adjust` does anything."""
         return any(option is not None for option in (self.soft_cap, self.decay, self.bias, self.mask))
 
+    def bounds(self, query: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The last position that queries at [B, T] (-1: none) may see and, sinks aside, the first (None: any), both [B, T]."""
+        upto = query if self.causal else jnp.where(query >= 0, EVERY, -1)
+        return upto, None if self.window is None else query - jnp.asarray(self.window, jnp.int32) + 1
+
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
         """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool [B, T, S]."""
-        query, key = query[:, :, None], key[:, None]
-        seen = (query >= key) if self.causal else (query >= 0) & (key >= 0)
-        if self.window is not None:
-            seen &= (query - key < self.window) | (key < sink_tokens)
-        return seen
+        upto, since = self.bounds(query)
+        seen = (key[:, None] <= upto[..., None]) & (key[:, None] >= 0)
+        return seen if since is None else seen & ((key[:, None] >= since[..., None]) | (key[:, None] < sink_tokens))
 
     def adjust(self, scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
         """Scores [B, K, G, T, S] of queries at [B, T] and keys at [B, S] with cap, decay and bias; -inf where masked."""

@@ -76,8 +76,8 @@ def init(
       num_layers: every array gets a leading axis L, and `append`, `attend` and `prefill` take `layer=`.
       key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before they quantize.
     """
-    for name, size in (("batch_size", batch_size), ("num_layers", num_layers)):
-        if size is not None and (not isinstance(size, int) or size < 1):
+    for name, size in (("batch_size", batch_size), ("num_layers", 1 if num_layers is None else num_layers)):
+        if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r}: must be a positive int")
     lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
     heads, head_dim = config.num_kv_heads, config.head_dim

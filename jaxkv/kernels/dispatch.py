@@ -75,10 +75,7 @@ def check_implementation(implementation: Any) -> None:
 def limits(position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array) -> pallas_gpu.Limits:
     """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T]."""
     each = jnp.tile(position, (1, query.shape[2] // position.shape[1]))
-    every = jnp.iinfo(jnp.int32).max - 1
-    upto = each if scoring.causal else jnp.where(each >= 0, every, -1)
-    since = None if scoring.window is None else each - jnp.asarray(scoring.window, jnp.int32) + 1
-    return pallas_gpu.Limits(upto, since, sink_tokens)
+    return pallas_gpu.Limits(*scoring.bounds(each), sink_tokens)
 
 
 def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:

@@ -36,13 +36,17 @@ from jaxkv.tokens import Index
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the work is cut, and what the compiler is told. The defaults are for Hopper."""
+    """How the work is cut, and what the compiler is told. The defaults are for Hopper, chosen by the machine code (see `warps`)."""
 
     slots: int = 64  # of a block, a power of two
     rows: int = 16  # queries of a program at most: twice as many spill registers
     programs: int = 132 * 4  # at once: multiprocessors times what fits on one
-    num_warps: int = 4
+    num_warps: int = 2  # of a program with up to 8 queries and heads of up to 128
     num_stages: int = 3
+
+    def warps(self, rows: int, head_dim: int) -> int:
+        """Two warps need 42 instructions a token and head of 128 4-bit codes, four need 54; more rows or elements would spill."""
+        return self.num_warps * (2 if rows > 8 or head_dim > 128 else 1)
 
 
 TUNING = Tuning()
@@ -58,13 +62,13 @@ class Limits:
 
 
 def partial_attention(
-    part: Segment, query: jax.Array, limits: Limits, layer: Index, *, tuning: Tuning = TUNING, interpret: bool = False
+    part: Segment, query: jax.Array, limits: Limits, layer: Index, *, tuning: Tuning | None = None, interpret: bool = False
 ) -> Partial:
     """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as `xla.partial_attention`: a Partial [B, K, R].
 
     Queries and result are in the basis of the codes.
     """
-    spec, (b, k, r, h) = part.spec, query.shape
+    spec, (b, k, r, h), tuning = part.spec, query.shape, tuning or TUNING
     rows = min(max(8, 1 << (r - 1).bit_length()), tuning.rows)
     chunks = pl.cdiv(r, rows)
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
@@ -127,7 +131,8 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
     outs = [result(plan.value.count, plan.rows, padded(plan.value.size)), result(plan.rows), result(plan.rows)]
     return _triton(
         functools.partial(kernel, plan),
-        tuning,
+        tuning.warps(plan.rows, plan.key.head_dim),
+        tuning.num_stages,
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, bounds.shape[1]), lambda s, c, b: (b, 0)),
@@ -141,8 +146,8 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
     )(*small, *stored)
 
 
-def _triton(kernel: Callable[..., None], tuning: Tuning, **call: Any) -> Callable[..., Any]:
+def _triton(kernel: Callable[..., None], num_warps: int, num_stages: int, **call: Any) -> Callable[..., Any]:
     """`pl.pallas_call` on the Triton backend."""
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # it comes at lowering, after this
-    params = triton.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages)
+    params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return pl.pallas_call(kernel, compiler_params=params, name="jaxkv_partial_attention", **call)

@@ -1,0 +1,298 @@
+"""The one table of cases: configurations, batch sizes, step patterns; tolerances; random keys, values and queries.
+
+Sizes are small so that every ring wraps several times within a few dozen tokens. A new feature is a new row here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, reference
+from jaxkv.reference import ReferenceState
+
+FP32, FP16, BF16 = Precision.FP32, Precision.FP16, Precision.BF16
+Q8, Q4, Q4K, Q2 = Precision.Q8, Precision.Q4, Precision.Q4K, Precision.Q2
+EAGER, BATCHED = Migration.EAGER, Migration.BATCHED
+
+Array = NDArray[Any]
+
+# How many tokens come at a time. Few different lengths, since each is a program to compile.
+SINGLES = (5, *[1] * 55)
+MIXED = (5, 1, 1, 5) * 5
+PROMPT = (40, 5, *[1] * 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    config: KvCacheConfig
+    num_heads: int
+    steps: tuple[int, ...] = MIXED
+    batch_size: int = 3
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.steps)
+
+
+def config(tail: int, tail_precision: Precision, store: Precision, room: int, heads: int, head_dim: int, **rest: Any) -> KvCacheConfig:
+    rest.setdefault("migration_batch", 4)
+    return KvCacheConfig(
+        tail_length=tail,
+        tail_precision=tail_precision,
+        store_precision=store,
+        max_tokens=room,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        **rest,
+    )
+
+
+def channels(bits: int, group: int, **rest: Any) -> QuantSpec:
+    return QuantSpec(bits, group, axis="channel", **rest)
+
+
+def _one_tier() -> list[Case]:
+    return [
+        Case("fp32", config(12, FP32, Q4, 12, 2, 8), 2, SINGLES),
+        Case("fp16_mqa", config(12, FP16, Q4, 12, 1, 16), 4, PROMPT),
+        Case("bf16_sinks", config(9, BF16, Q4, 12, 2, 16, sink_tokens=3), 4),
+        Case("q8", config(0, FP16, Q8, 12, 2, 16), 4),
+        Case("q4", config(0, FP16, Q4, 12, 1, 64), 4, PROMPT),
+        Case("q2_symmetric_sinks", config(0, FP32, Q2, 14, 2, 8, sink_tokens=2,
+             key_quant=QuantSpec(2, 8, symmetric=True), value_quant=QuantSpec(4, 4)), 2),
+    ]  # fmt: skip
+
+
+def _two_tiers() -> list[Case]:
+    token = QuantSpec(4, 48)  # one group per token over all 3 heads of 16, the original's
+    return [
+        Case("fp16_q4", config(4, FP16, Q4, 16, 2, 64), 4, PROMPT),
+        Case("fp32_q8_symmetric_dim80", config(4, FP32, Q8, 14, 2, 80,
+             key_quant=QuantSpec(8, 16, symmetric=True, rotate=True), value_quant=QuantSpec(8, 80)), 2),
+        Case("bf16_q4_all_heads", config(5, BF16, Q4, 16, 3, 16, key_quant=token, value_quant=token), 3),
+        Case("fp32_q4_groups32_dim96", config(3, FP32, Q4, 12, 1, 96,
+             key_quant=QuantSpec(4, 32, rotate=True), value_quant=QuantSpec(4, 32, symmetric=True)), 2, SINGLES),
+        Case("fp32_q4_batched_sinks", config(5, FP32, Q4, 22, 2, 16, sink_tokens=3, migration=BATCHED,
+             value_quant=QuantSpec(4, 8, symmetric=True)), 4),
+        Case("fp16_q2_batched", config(4, FP16, Q2, 20, 2, 32, migration=BATCHED, migration_batch=8), 2, PROMPT),
+        Case("q8_fp32", config(4, Q8, Q4, 12, 2, 8, warm_length=8, warm_precision=FP32), 2),
+        Case("channel_keys", config(6, FP32, Q4, 24, 2, 16, migration=BATCHED, key_quant=channels(4, 4)), 4),
+        Case("channel_both", config(4, FP32, Q4, 28, 1, 32, migration=BATCHED, migration_batch=8,
+             key_quant=channels(2, 8, symmetric=True), value_quant=channels(4, 4, rotate=True)), 4, PROMPT),
+    ]  # fmt: skip
+
+
+def _three_tiers() -> list[Case]:
+    return [
+        Case("fp32_q8_q4", config(3, FP32, Q4, 14, 2, 16, warm_length=4,
+             value_quant=QuantSpec(4, 16, symmetric=True, rotate=True)), 4),
+        Case("bf16_q8_q4_batched_sinks", config(5, BF16, Q4, 28, 2, 16, warm_length=6, sink_tokens=3,
+             migration=BATCHED, value_quant=QuantSpec(8, 16, rotate=True)), 4),
+        Case("fp32_q8_channel", config(4, FP32, Q4, 28, 2, 16, warm_length=8, migration=BATCHED,
+             key_quant=channels(4, 4)), 2, PROMPT),
+    ]  # fmt: skip
+
+
+def _with_rewinds() -> list[Case]:
+    return [
+        Case("rewind_bf16", config(9, BF16, Q4, 12, 2, 8, sink_tokens=3, rewind_length=3), 2),
+        Case("rewind_fp32_q8_q2_sinks", config(3, FP32, Q2, 16, 2, 16, warm_length=4, sink_tokens=2,
+             rewind_length=5, value_quant=QuantSpec(2, 16, symmetric=True)), 4),
+        Case("rewind_channel", config(5, FP32, Q4, 24, 2, 16, sink_tokens=1, migration=BATCHED,
+             key_quant=channels(4, 4), rewind_length=6), 4),
+    ]  # fmt: skip
+
+
+def _long() -> list[Case]:
+    # Rings of more slots than the attention's block, and no multiple of it.
+    return [
+        Case("long_fp16_q4", config(300, FP16, Q4, 600, 1, 16), 2, (700, 5, 1)),
+        Case("long_channel", config(8, BF16, Q4, 600, 1, 16, migration=BATCHED, migration_batch=32, sink_tokens=4,
+             key_quant=channels(4, 32), value_quant=QuantSpec(8, 16, symmetric=True)), 2, (700, 5, 1)),
+    ]  # fmt: skip
+
+
+CASES = {case.name: case for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rewinds()]}
+LONG = {case.name: case for case in _long()}
+REWINDS = {name: case for name, case in CASES.items() if case.config.rewind_length}
+# A cross-section for the laws that need programs of their own: one to three tiers, sinks, eager and batched, both axes.
+FEW = {name: CASES[name] for name in ("q8", "bf16_q4_all_heads", "channel_keys", "fp32_q8_q4", "bf16_q8_q4_batched_sinks")}
+
+# Rounding of an output to its dtype, relative to the largest value: half a unit in the last place.
+TOLERANCE = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def random_tokens(rng: np.random.Generator, case: Case, length: int) -> tuple[Array, Array]:
+    """Keys and values [B, length, K, H]. Channels differ in size and offset, as those of real keys do."""
+    shape = (case.batch_size, length, case.config.num_kv_heads, case.config.head_dim)
+    channel = np.exp(rng.normal(size=shape[2:]) / 2)
+    offset = rng.normal(size=shape[2:])
+    keys = (rng.normal(size=shape) + offset) * channel
+    return keys.astype(np.float32), rng.normal(size=shape).astype(np.float32)
+
+
+def random_query(rng: np.random.Generator, case: Case, length: int = 5) -> Array:
+    """Queries [B, length, N, H]."""
+    shape = (case.batch_size, length, case.num_heads, case.config.head_dim)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+# Bounds: sums of rounding errors, none found by trial.
+
+CODE_UNIT = 2.0**-21  # queries and probabilities are counted in this fraction of their largest (kernels/digits.py)
+TIE = 1e-3  # of a step: how near to a tie float32 arithmetic may fall to either side
+
+
+def norms(x: Array) -> Array:
+    """The length of each vector on the last axis."""
+    found: Array = np.sqrt(np.sum(x.astype(np.float64) ** 2, axis=-1))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Tokens x [T, K, H] that enter a tier of format `fmt` together, and the row's mirror [K, H] for it."""
+
+    x: Array
+    fmt: Precision | QuantSpec
+    mirror: Array
+
+
+def quantization_bound(entry: Entry, before: Array) -> Array:
+    """How far heads of tokens may be from what they were given as, once in the tier.
+
+    `before` [T, K] is how far they may have been already. An element moves by half a step, plus what scale and zero
+    point lose to 16 bits, 2**-11 of the largest each; a search for a better scale makes the sum of squares no larger.
+    Turning keeps lengths, to 11 bits where the basis is aligned.
+    """
+    if isinstance(entry.fmt, Precision):
+        return before + TOLERANCE[entry.fmt.dtype_name] * norms(entry.x)
+    groups, _, step = _grouped(entry, entry.fmt)
+    most = np.abs(groups).max(-1, keepdims=True)
+    turning = 2.0**-10 * norms(entry.x) if entry.fmt.align else 0
+    return before + turning + _norms_of_groups(step / 2 + 2.0**-10 * most, entry, entry.fmt)
+
+
+def is_searched(fmt: Precision | QuantSpec) -> bool:
+    """Whether scales are searched for, or a basis is, so that codes depend on more than the rules of rounding."""
+    return isinstance(fmt, QuantSpec) and (fmt.align or (fmt.bits < 8 and fmt.axis == "token" and not fmt.symmetric))
+
+
+def search_slack(entry: Entry) -> Array:
+    """What a search may lose against plain rounding: it counts errors in 64ths of a step, in a basis of 11 bits."""
+    assert isinstance(entry.fmt, QuantSpec)
+    turning = 2.0**-10 * norms(entry.x) if entry.fmt.align else 0
+    return turning + _norms_of_groups(_grouped(entry, entry.fmt)[2] / 64, entry, entry.fmt)
+
+
+def tie_bound(entry: Entry, before: Array) -> Array:
+    """How far the reference and another implementation may be apart on entering a tier, their inputs being `before` apart.
+
+    They differ by rounding; by a whole step in elements whose quotient lies too near to a tie; and in all elements of a
+    group whose scale or zero point may have been rounded to another 16-bit number. Where scales are searched for, each
+    is within its own quantization error.
+    """
+    fmt = entry.fmt
+    if isinstance(fmt, Precision):
+        return before + np.where(before > 0, 2 * TOLERANCE[fmt.dtype_name] * norms(entry.x), 0)
+    if is_searched(fmt):
+        return quantization_bound(entry, before) + norms(reference.represent(entry.x, fmt, entry.mirror) - entry.x)
+    groups, codes, step = _grouped(entry, fmt)
+    low, high, most = (x[..., None] for x in (groups.min(-1), groups.max(-1), np.abs(groups).max(-1)))
+    inputs = dataclasses.replace(entry, x=np.broadcast_to(before[..., None], entry.x.shape))
+    apart = _grouped(inputs, _plain(fmt))[0].max(-1, keepdims=True)
+    exact_step, levels = (most, 2 ** (fmt.bits - 1) - 1) if fmt.symmetric else (high - low, 2**fmt.bits - 1)
+    moved = _may_round_differently(exact_step / levels, 2 * apart / levels) | _may_round_differently(low, apart)
+    near_tie = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < TIE + 3 * apart / step
+    whole_step = np.where(near_tie | moved, 1.01 * step, 0) + np.where(moved, 2.0**-9 * most, 0)
+    return _norms_of_groups(whole_step + 2.0**-19 * most + 3 * apart, entry, fmt)
+
+
+def _plain(spec: QuantSpec) -> QuantSpec:
+    return dataclasses.replace(spec, rotate=False, align=False)
+
+
+def _grouped(entry: Entry, spec: QuantSpec) -> tuple[Array, Array, Array]:
+    """Groups as they are quantized, their quotients, and their steps."""
+    mirror = entry.mirror if spec.align else np.zeros_like(entry.mirror)
+    groups = reference.to_groups(entry.x.astype(np.float32), spec, mirror)
+    _, scale, zero_point = reference.quantize_groups(groups, spec.bits, spec.symmetric)
+    return groups, (groups - zero_point) / scale, scale
+
+
+def _norms_of_groups(elements: Array, entry: Entry, spec: QuantSpec) -> Array:
+    """The heads' norms [T, K], back among raw tokens, where `elements` are given by group."""
+    shape = _grouped(entry, _plain(spec))[0].shape
+    back = reference.from_groups(np.broadcast_to(elements, shape), _plain(spec), np.zeros_like(entry.mirror), entry.x.shape)
+    halvings = np.log2(back.shape[-1] & -back.shape[-1]) / 2
+    return norms(back) * (2 ** (halvings % 1) if spec.rotate else 1)
+
+
+def _may_round_differently(x: Array, apart: Array | float) -> Array:
+    """Whether float16 may make something else of an x that is `apart`, or otherwise rounded in float32."""
+    size = 1e-6 * np.abs(x) + apart
+    found: Array = (x + size).astype(np.float16) != (x - size).astype(np.float16)
+    return found
+
+
+Bound = Callable[[Entry, Array], Array]
+
+
+def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array]:
+    """`bound` added up over the tiers that each token held has been in: [2, K] for key and value, by position."""
+    config, data, sinks = state.config, state.rows[row], state.config.sink_tokens
+    nothing = np.zeros((2, config.num_kv_heads))
+
+    def enter(positions: Sequence[int], before: Array, tier: int, formats: Sequence[Precision | QuantSpec]) -> Array:
+        x, sides = np.stack([data.tokens[position][tier] for position in positions]), []
+        for side, fmt in enumerate(formats):
+            sides.append(bound(Entry(x[:, side], fmt, data.mirrors[tier][side]), before[:, side]))
+        return np.stack(sides, axis=1)
+
+    @functools.cache
+    def entered(first: int, tier: int) -> Array:
+        spec = config.chain[tier]
+        group = range(first, first + spec.group)
+        before = np.stack([after(position, tier - 1) for position in group])
+        return enter(group, before, tier, (spec.key, spec.value))
+
+    def after(position: int, tier: int) -> Array:
+        if tier < 0:
+            return nothing
+        offset = (position - sinks) % config.chain[tier].group
+        found: Array = entered(position - offset, tier)[offset]
+        return found
+
+    bounds = {}
+    for position, pair in reference.held(state, row).items():
+        if position < sinks:
+            bounds[position] = enter([position], nothing[None], 0, [config.sink_precision] * 2)[0]
+        else:
+            tier = next(i for i in range(len(config.chain)) if data.tokens[position][i + 1] is pair)
+            bounds[position] = after(position, tier)
+    return bounds
+
+
+def attention_bound(query: Array, pairs: Array, scale: float | None = None) -> float:
+    """How far an element of attention of query [N, H] over pairs [S, 2, K, H] may be off by rounding.
+
+    A score is a sum of H products, each off by a unit of the largest; such errors add up like a random walk. An error e
+    in all scores changes the weights by a factor of exp(2 e) at most, so an output by 2 e times the largest value; the
+    weighted sum adds a unit of it. The factor 4 is for the sums that form scores and outputs from their parts.
+    """
+    if not len(pairs):
+        return 0.0
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    largest_key, largest_value = np.abs(pairs).max((0, 2, 3))
+    score = CODE_UNIT * scale * np.sqrt(head_dim) * np.abs(query).max() * largest_key
+    return float(4 * (2 * score + CODE_UNIT) * largest_value)

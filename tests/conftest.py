@@ -1,0 +1,38 @@
+"""Strict settings for every test, and random numbers that are the same in every run."""
+
+from __future__ import annotations
+
+import zlib
+
+import chex
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # for shard_map; has to come before the first use of a device
+
+hypothesis.settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counter() -> None:
+    chex.clear_trace_counter()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator seeded by the test's name, so that no test depends on which others ran."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)

@@ -1,0 +1,199 @@
+"""What the compiler makes of a decode step: no copies of the cache, no temporaries that grow with it, only portable operations."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES, LONG, channels
+from jax import export, lax
+
+import jaxkv
+from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
+
+BATCH, HEADS, LAYERS = 2, 4, 3
+SLOTS = (1237, 4001)  # of the store; primes, so that no other array has an axis of this size
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "eager": {"migration": Migration.EAGER},
+    "batched": {"migration": Migration.BATCHED},
+    "three_tiers": {"migration": Migration.BATCHED, "warm_length": 70, "sink_tokens": 4},
+    "all_quantized": {"tail_length": 0, "store_precision": Precision.Q8},
+    "bf16": {"tail_length": 0, "tail_precision": Precision.FP32, "warm_length": 90, "warm_precision": Precision.BF16},
+    "channel": {"migration": Migration.BATCHED, "key_quant": channels(4, 32), "value_quant": QuantSpec(2, 32)},
+}
+
+
+def config(name: str, slots: int) -> KvCacheConfig:
+    """A cache whose last tier has exactly `slots` slots (or, in whole groups, a few more)."""
+    fields = {"tail_length": 100, "num_kv_heads": 2, "head_dim": 64, **CONFIGS[name]}
+    before = fields["tail_length"] + fields.get("warm_length", 0) + fields.get("sink_tokens", 0)
+    return KvCacheConfig(max_tokens=slots + before, **fields)
+
+
+Step = Callable[..., tuple[Any, Any]]
+Program = tuple[Step, tuple[Any, ...]]  # a decode step and the shapes of its arguments, the cache first
+
+
+def new_shapes(*lead: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    key = jax.ShapeDtypeStruct((*lead, BATCH, 1, 2, 64), jnp.float32)
+    return key, key, jax.ShapeDtypeStruct((*lead, BATCH, 1, HEADS, 64), jnp.float32)
+
+
+def decode(state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any) -> tuple[CacheState, jax.Array]:
+    state = jaxkv.append(state, key, value, **layer)
+    return state, jaxkv.attend(state, query, **layer)
+
+
+def one_state(settings: KvCacheConfig) -> Program:
+    return decode, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH)), *new_shapes())
+
+
+def list_of_layers(settings: KvCacheConfig) -> Program:
+    def step(states: list[CacheState], *new: jax.Array) -> tuple[list[CacheState], list[jax.Array]]:
+        layers = [decode(state, *(x[i] for x in new)) for i, state in enumerate(states)]
+        return [state for state, _ in layers], [out for _, out in layers]
+
+    states = [jax.eval_shape(lambda: jaxkv.init(settings, BATCH)) for _ in range(LAYERS)]
+    return step, (states, *new_shapes(LAYERS))
+
+
+def scanned_stack(settings: KvCacheConfig) -> Program:
+    def step(stack: CacheState, *new: jax.Array) -> tuple[CacheState, jax.Array]:
+        def layer(stack: CacheState, xs: tuple[jax.Array, ...]) -> tuple[CacheState, jax.Array]:
+            return decode(stack, *xs[1:], layer=xs[0])
+
+        return lax.scan(layer, stack, (jnp.arange(LAYERS), *new))
+
+    return step, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH, num_layers=LAYERS)), *new_shapes(LAYERS))
+
+
+def loop_of_steps(settings: KvCacheConfig) -> Program:
+    """Several steps in one program, the state in the carry."""
+
+    def steps(state: CacheState, *new: jax.Array) -> tuple[CacheState, jax.Array]:
+        return lax.scan(lambda state, xs: decode(state, *xs), state, new)
+
+    return steps, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH)), *new_shapes(5))
+
+
+SHAPES = {f.__name__: f for f in (one_state, list_of_layers, scanned_stack, loop_of_steps)}
+
+
+@functools.cache
+def compiled(shape: str, name: str, slots: int, donate: bool = True) -> Any:
+    step, arguments = SHAPES[shape](config(name, slots))
+    return jax.jit(step, donate_argnums=0 if donate else ()).lower(*arguments).compile()
+
+
+# Reading the compiled program.
+
+
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+
+
+def instructions(text: str) -> Iterator[tuple[str, str, str]]:
+    """Result type, operation and the rest of the line of every instruction; a fusion counts as what its root does."""
+    roots, computation = dict[str, str](), ""
+    for line in text.splitlines():
+        head = re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        computation = head[1] if head else computation
+        if (found := _INSTRUCTION.match(line)) and found[1]:
+            roots[computation] = found[3]
+    for line in text.splitlines():
+        if found := _INSTRUCTION.match(line):
+            called = re.search(r"calls=%?([\w.\-]+)", found[4])
+            yield found[2], roots[called[1]] if found[3] == "fusion" and called else found[3], found[4]
+
+
+# A cache-sized array may be handed on, or written in place.
+HARMLESS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
+IN_PLACE = {"scatter", "dynamic-update-slice"}
+
+
+def sized_like_the_cache(text: str, slots: int) -> set[tuple[str, str]]:
+    """Operations, with their result, that make an array with an axis of at least `slots` and do not write in place."""
+    found = set()
+    for result, operation, _ in instructions(text):
+        for shape in re.findall(r"\w+\[([\d,]+)\]", result):
+            if max(map(int, shape.split(","))) >= slots and operation not in HARMLESS | IN_PLACE:
+                found.add((operation, result))
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_copies_nothing_of_the_cache(shape: str, name: str) -> None:
+    """With the state donated, a step writes in place: no operation makes a second array of the cache's size."""
+    if shape != "one_state" and name not in ("eager", "batched"):
+        pytest.skip("the other configurations are looked at as one state")
+    program = compiled(shape, name, SLOTS[0])
+    assert not sized_like_the_cache(program.as_text(), SLOTS[0])
+    memory, state = program.memory_analysis(), SHAPES[shape](config(name, SLOTS[0]))[1][0]
+    assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_temporaries_do_not_grow_with_the_cache(name: str) -> None:
+    """A step needs the same working memory for 1,237 and for 4,001 slots: attention goes block by block."""
+    small, large = (compiled("one_state", name, slots).memory_analysis().temp_size_in_bytes for slots in SLOTS)
+    assert large <= small * 1.01
+
+
+@pytest.mark.parametrize("shape", ["one_state", "scanned_stack"])
+def test_copies_are_seen(shape: str) -> None:
+    """Without donation the cache is copied, and the census above sees it."""
+    found = sized_like_the_cache(compiled(shape, "eager", SLOTS[0], donate=False).as_text(), SLOTS[0])
+    assert {operation for operation, _ in found} & {"copy", "copy-start"}
+
+
+def test_unpacked_stores_are_seen() -> None:
+    """Dequantizing the whole store, as `gather` does, is seen by the census, too."""
+    settings = config("eager", SLOTS[0])
+    text = jax.jit(jaxkv.gather).lower(jax.eval_shape(lambda: jaxkv.init(settings, BATCH))).compile().as_text()
+    assert any("f32" in result for _, result in sized_like_the_cache(text, SLOTS[0]))
+
+
+# Portability.
+
+PLATFORMS = ["cpu", "cuda", "rocm", "tpu", "mps"]
+
+# What the portable programs consist of. All of it is in StableHLO's stable core and known to every PJRT plugin that we know of
+# (jax-mps lists its operations in src/pjrt_plugin/ops). A new name here needs a look at that list.
+OPERATIONS = {
+    *("abs", "add", "divide", "exponential", "maximum", "minimum", "multiply", "negate", "remainder", "sign", "sqrt", "subtract"),
+    *("and", "not", "or", "shift_left", "shift_right_arithmetic", "compare", "select", "clamp", "round_nearest_even"),
+    *("bitcast_convert", "broadcast_in_dim", "concatenate", "constant", "convert", "iota", "pad", "reshape", "slice", "transpose"),
+    *("dynamic_slice", "dynamic_update_slice", "gather", "scatter"),
+    *("dot_general", "reduce", "case", "while", "return", "optimization_barrier", "log"),
+}
+TYPES = {"i1", "i8", "i16", "i32", "f16", "bf16", "f32"}
+EXPORTED = {name: {**CASES, **LONG}[name] for name in ("channel_both", "fp32_q8_q4", "long_channel", "q2_symmetric_sinks")}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
+def test_exports_are_portable(case: Any, platform: str) -> None:
+    """Every verb can be exported for every platform, without custom calls, in common types and operations."""
+
+    def every_verb(state: CacheState, new: jax.Array, query: jax.Array, rows: jax.Array) -> Any:
+        state, out = jaxkv.prefill(state, query, new, new, rows)
+        state = jaxkv.take_rows(jaxkv.rewind(jaxkv.evict(jaxkv.append(state, new, new), rows), rows), rows)
+        return state, out, jaxkv.attend(state, query), jaxkv.gather(state), jaxkv.stats(state), jaxkv.clear(state)
+
+    state = jax.eval_shape(lambda: jaxkv.init(case.config, BATCH))
+    new, query = (
+        jax.ShapeDtypeStruct((BATCH, 2, heads, case.config.head_dim), jnp.float32) for heads in (case.config.num_kv_heads, case.num_heads)
+    )
+    rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    text = str(export.export(jax.jit(every_verb), platforms=[platform])(state, new, query, rows).mlir_module())
+    assert "custom_call" not in text
+    operations = set(re.findall(r"\b(?:stablehlo|chlo|mhlo)\.([a-z_]+)\b(?= |\()", text)) | set(re.findall(r'"stablehlo\.(\w+)"', text))
+    assert operations <= OPERATIONS | {"num_partitions", "num_replicas"}
+    assert len(operations) > 20  # they were found
+    assert set(re.findall(r"tensor<(?:[\dx?]+x)?(\w+)>", text)) <= TYPES
