@@ -116,9 +116,7 @@ def prefill(
     return state, logits
 
 
-def compile_decode(
-    model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, attention: llama.Attention
-) -> Decode:
+def compile_decode(model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, attention: llama.Attention) -> Decode:
     """The loop over BLOCK tokens, compiled ahead, so that no timing includes it."""
     inputs = jnp.zeros(1, jnp.int32), jax.random.key(0), jnp.float32(0)
     lowered = llama.decode.lower(model, params, state, *inputs, length=BLOCK, attention=attention)

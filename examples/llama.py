@@ -97,9 +97,7 @@ def rotate(x: Array, angles: Array) -> Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def run_layer(
-    config: LlamaConfig, weights: Layer, state: State, x: Array, angles: Array, attend: Attention
-) -> tuple[State, Array]:
+def run_layer(config: LlamaConfig, weights: Layer, state: State, x: Array, angles: Array, attend: Attention) -> tuple[State, Array]:
     """One transformer layer: x [B, T, D] -> state, x [B, T, D]."""
 
     def heads(weight: Array) -> Array:  # [out, D] -> [B, T, out / H, H]
@@ -114,9 +112,7 @@ def run_layer(
     return state, x
 
 
-def forward(
-    config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = cached
-) -> tuple[State, Array]:
+def forward(config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = cached) -> tuple[State, Array]:
     """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B, T, D]."""
     start = 0 if state is None else state.end[0][:, None]  # layers agree between calls
     angles = rotary_angles(config, start + jnp.arange(tokens.shape[1])[None])
@@ -155,9 +151,7 @@ def sample(key: Array, scores: Array, temperature: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("config", "attention"), donate_argnames="state")
-def prefill(
-    config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = prefilled
-) -> tuple[State, Array]:
+def prefill(config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = prefilled) -> tuple[State, Array]:
     """Takes a prompt [B, T] into the cache and returns the state and the next token's logits [B, V]."""
     state, hidden = forward(config, params, state, tokens, attention)
     return state, logits(params, hidden[:, -1])

@@ -49,9 +49,7 @@ def read_windows(
     """
     num_windows, length = windows.shape
     hidden = []
-    with tqdm(
-        total=windows.size, desc=f"{config.store_precision.value} cache", unit="token", mininterval=1
-    ) as progress:
+    with tqdm(total=windows.size, desc=f"{config.store_precision.value} cache", unit="token", mininterval=1) as progress:
         for rows in np.split(windows, range(batch_size, num_windows, batch_size)):
             state = jaxkv.init(config, len(rows), num_layers=model.num_layers)
             outputs = []
@@ -64,9 +62,7 @@ def read_windows(
 
 
 @jax.jit
-def compare(
-    params: llama.Params, hidden: jax.Array, baseline: jax.Array, targets: jax.Array
-) -> dict[str, jax.Array]:
+def compare(params: llama.Params, hidden: jax.Array, baseline: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
     """Per token, [T]: both losses, the KL divergence, and whether both caches prefer the same token."""
     ours = jax.nn.log_softmax(llama.logits(params, hidden))
     theirs = jax.nn.log_softmax(llama.logits(params, baseline))
@@ -120,9 +116,7 @@ def bits_per_element(config: jaxkv.KvCacheConfig) -> float:
     """Bits of memory, metadata included, that one more element of the last tier takes."""
     more = 1024
     tail_more = more if config.tail_length == config.max_tokens else 0
-    longer = dataclasses.replace(
-        config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more
-    )
+    longer = dataclasses.replace(config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more)
     added = jaxkv.nbytes(jaxkv.init(longer)) - jaxkv.nbytes(jaxkv.init(config))
     return 8 * added / (2 * more * config.num_kv_heads * config.head_dim)
 

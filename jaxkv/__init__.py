@@ -1,36 +1,75 @@
 """Quantized key/value caches for decoding language models in JAX."""
 
 from jaxkv.attend import attend
+from jaxkv.batch import concatenate, replace_rows
 from jaxkv.config import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.objects import (
+    AlignedBuffer,
+    BufferPool,
+    BufferPoolStats,
+    BufferSize,
+    CacheQuantization,
+    CacheTier,
+    KvCacheError,
+    KvMemoryPool,
+    OutOfMemoryError,
+    PooledBuffer,
+    PooledKvBlock,
+    PooledKvCache,
+    PooledKvCacheStats,
+    PoolStats,
+    TwoTierKvCache,
+)
 from jaxkv.presets import PRESETS, exact_ends, init_layers, init_stack, preset
 from jaxkv.scoring import Scoring
 from jaxkv.state import CacheState, KvCacheStats, Status, gather, init, nbytes, stats
+from jaxkv.storage import StorageError, load, save
 from jaxkv.update import append, clear, evict, migrate, prefill, rewind, take_rows
 
 __all__ = [
     "PRESETS",
+    "AlignedBuffer",
+    "BufferPool",
+    "BufferPoolStats",
+    "BufferSize",
+    "CacheQuantization",
     "CacheState",
+    "CacheTier",
     "KvCacheConfig",
+    "KvCacheError",
     "KvCacheStats",
+    "KvMemoryPool",
     "Migration",
+    "OutOfMemoryError",
+    "PoolStats",
+    "PooledBuffer",
+    "PooledKvBlock",
+    "PooledKvCache",
+    "PooledKvCacheStats",
     "Precision",
     "QuantSpec",
     "Scoring",
     "Status",
+    "StorageError",
+    "TwoTierKvCache",
     "append",
     "attend",
     "clear",
+    "concatenate",
     "evict",
     "exact_ends",
     "gather",
     "init",
     "init_layers",
     "init_stack",
+    "load",
     "migrate",
     "nbytes",
     "prefill",
     "preset",
+    "replace_rows",
     "rewind",
+    "save",
     "stats",
     "take_rows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -83,11 +84,17 @@ def _config(options: argparse.Namespace, shape: ModelShape) -> jaxkv.KvCacheConf
 
 def _bytes(text: str) -> int:
     number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    return int(float(number) * UNITS[text[len(number) :].strip().lower()])
+    try:
+        return int(float(number) * UNITS[text[len(number) :].strip().lower()])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}: write it as 80GB or 24GiB") from None
 
 
 def _devices(text: str) -> dict[str, int]:
-    return {name: int(number) for name, number in (item.split("=") for item in text.split(","))}
+    try:
+        return {name: int(number) for name, number in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid mesh {text!r}: write it as batch=2,heads=4") from None
 
 
 # plan
@@ -106,9 +113,9 @@ def table(found: Plan) -> str:
     """A plan for people."""
     config, tokens = found.config, found.batch_size * found.config.max_tokens
     devices = ", ".join(f"{name} {number}" for name, number in found.devices.items() if number > 1) or "1"
+    model = f"{found.num_layers} layers, {config.num_kv_heads} kv heads of {config.head_dim}"
     lines = [
-        f"{found.num_layers} layers, {config.num_kv_heads} kv heads of {config.head_dim}; {found.batch_size} x {config.max_tokens:,} tokens; "
-        f"devices: {devices}",
+        f"{model}; {found.batch_size} x {config.max_tokens:,} tokens; devices: {devices}",
         "",
         f"{'tier':8}{'tokens':>10}{'slots':>10}{'bytes/token':>14}{'bytes':>12}  keys | values",
     ]
@@ -146,7 +153,10 @@ def human(number: int) -> str:
 def _bench(options: argparse.Namespace) -> None:
     shape = ModelShape(1, options.kv_heads, options.head_dim)
     config, heads = _config(options, shape), options.heads or 4 * options.kv_heads
-    fp16 = jaxkv.preset("fp16", max_tokens=config.max_tokens, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+    exact, eager = jaxkv.Precision.FP16, jaxkv.Migration.EAGER
+    fp16 = dataclasses.replace(
+        config, store_precision=exact, tail_precision=exact, warm_length=0, key_quant=None, value_quant=None, migration=eager
+    )
     rows = {name: time_step(c, heads, options.batch, options.repeats) for name, c in ((options.preset, config), ("fp16", fp16))}
     if options.json:
         print(json.dumps({"device": str(jax.devices()[0]), "jax": jax.__version__, "caches": rows}, indent=2))
@@ -180,9 +190,9 @@ def time_step(config: jaxkv.KvCacheConfig, heads: int, batch: int, repeats: int)
     found: dict[str, Any] = {"bytes": state_bytes(config, None, batch)}
     for name, step in steps.items():
         start = time.perf_counter()
-        step = step.lower(state).compile()
+        compiled = step.lower(state).compile()
         found["compile"] = time.perf_counter() - start
-        found[name], state = _median(step, state, repeats)
+        found[name], state = _median(compiled, state, repeats)
     return found
 
 
@@ -190,7 +200,7 @@ def _median(step: Callable[..., Any], state: jaxkv.CacheState, repeats: int) -> 
     times = []
     for _ in range(repeats + 3):
         start = time.perf_counter()
-        state, out = jax.block_until_ready(step(state))
+        state, _ = jax.block_until_ready(step(state))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[3:]), state
 

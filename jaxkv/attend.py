@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
-from jaxkv.checks import as_counts, check_layer, check_query
+from jaxkv.checks import as_counts, check_layer, check_query, in_range
 from jaxkv.config import KvCacheConfig, Precision, TierSpec
 from jaxkv.kernels import dispatch
 from jaxkv.scoring import EVERY, Scoring
@@ -50,12 +50,15 @@ def attend(
     """
     check_layer(layer, state.num_layers)
     config = state.config
-    check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
+    query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
-    count = as_counts("lengths", lengths, state.batch_size, query.shape[1])
+    count = in_range(as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1])
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    position = jnp.where(index < count[:, None], (end - count)[:, None] + index, -1)
+    position = (end - count)[:, None] + index
+    if not scoring.causal:
+        position = jnp.maximum(position, 0)  # more queries than tokens: they, too, see all
+    position = jnp.where(index < count[:, None], position, -1)
     partial = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
     return finish([partial], scoring, query, return_lse)
 

@@ -25,8 +25,8 @@ def check_layer(layer: Any, num_layers: int | None) -> None:
         raise ValueError(f"layer={layer}: the state has layers 0 .. {num_layers - 1}")
 
 
-def check_floats(name: str, array: Any, shape: str, wanted: tuple[int | None, ...]) -> None:
-    """An array must be floating and have the wanted shape; None leaves an axis free, `shape` names the axes."""
+def as_floats(name: str, array: Any, shape: str, wanted: tuple[int | None, ...]) -> jax.Array:
+    """A JAX or NumPy array that must be floating and have the wanted shape; None leaves an axis free, `shape` names the axes."""
     given = tuple(getattr(array, "shape", ()))
     if not hasattr(array, "dtype"):
         raise ValueError(f"{name} is a {type(array).__name__}: pass a JAX or NumPy array {shape}")
@@ -35,21 +35,23 @@ def check_floats(name: str, array: Any, shape: str, wanted: tuple[int | None, ..
         raise ValueError(f"{name}.shape={given}: must be {shape} = [{sizes}]; reshape it, or make the cache with these sizes")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name}.dtype={array.dtype}: must be a float; cast it first")
+    return jnp.asarray(array)
 
 
-def check_new_tokens(keys: Any, values: Any, batch: int, heads: int, head_dim: int, size: int | None = None) -> None:
-    """New keys and values must be [B, T, K, H] alike, with T at least 1 (and `size`, where given)."""
-    check_floats("keys", keys, "[B, T, K, H]", (batch, size, heads, head_dim))
+def check_new_tokens(keys: Any, values: Any, batch: int, heads: int, head_dim: int, size: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """New keys and values, which must be [B, T, K, H] alike, with T at least 1 (and `size`, where given)."""
+    keys = as_floats("keys", keys, "[B, T, K, H]", (batch, size, heads, head_dim))
     if keys.shape[1] == 0:
         raise ValueError(f"keys.shape={keys.shape}: T must be at least 1; append nothing by passing lengths=0")
-    check_floats("values", values, "[B, T, K, H]", (batch, keys.shape[1], heads, head_dim))
+    return keys, as_floats("values", values, "[B, T, K, H]", (batch, keys.shape[1], heads, head_dim))
 
 
-def check_query(query: Any, batch: int, heads: int, head_dim: int) -> None:
-    """A query must be [B, T, N, H] with N a multiple of K."""
-    check_floats("query", query, "[B, T, N, H]", (batch, None, None, head_dim))
+def check_query(query: Any, batch: int, heads: int, head_dim: int) -> jax.Array:
+    """A query, which must be [B, T, N, H] with N a multiple of K."""
+    query = as_floats("query", query, "[B, T, N, H]", (batch, None, None, head_dim))
     if query.shape[2] == 0 or query.shape[2] % heads:
         raise ValueError(f"query has {query.shape[2]} heads: must be a multiple of num_kv_heads={heads}")
+    return query
 
 
 def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None) -> jax.Array:
@@ -69,3 +71,8 @@ def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None)
         if (values < 0).any() or (most is not None and (values > most).any()):
             raise ValueError(f"{name}={values.tolist()}: must lie in 0 .. {'' if most is None else most}")
     return jnp.broadcast_to(jnp.asarray(given, jnp.int32), (batch,))
+
+
+def in_range(lengths: jax.Array, size: int) -> jax.Array:
+    """Lengths [B], 0 for rows whose length is none of 0 .. size, as only compiled code can meet."""
+    return jnp.where((lengths < 0) | (lengths > size), 0, lengths)

@@ -22,14 +22,11 @@ from jaxkv.config import QuantSpec
 
 SCALE_DTYPE = jnp.float16
 
-CUTS = {
-    4: ((0.03, 0.0), (0.0, 0.03), (0.03, 0.03), (0.06, 0.06)),
-    2: tuple((0.08 * below, 0.08 * above) for below in range(4) for above in range(4))[1:],
-}
-"""Shares of a group's range that are tried cut off below and above, per bits."""
+CUT = {4: 0.04, 2: 0.16}
+"""The share of a group's range that is cut off at both ends before the fits, per bits."""
 
-FITS = {4: 1, 2: 2}
-"""Least-squares fits after the best cut, per bits."""
+FITS = {4: 2, 2: 3}
+"""Least-squares fits after the cut, per bits. Trying 15 cuts before two fits leaves 5 % less squared error for 4 times the work."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,16 +79,15 @@ def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.A
 
 
 def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of groups [..., g] of least squared error: of ranges cut at both ends, then fitted to the codes.
+    """Scale and zero point of groups [..., g] of least squared error among: the whole range, a cut one, and fits to the best one's codes.
 
     Errors are summed as integers, the same in every program. Channel groups and 8 bits are better off with the whole range.
     """
-    extent = high - low
+    extent, cut = high - low, CUT[spec.bits]
     scale = _rounded(extent / spec.levels)
     best = scale, _half(low), _error(spec, x, scale, _half(low), scale)
-    for below, above in CUTS[spec.bits]:
-        cut_scale, cut_low = _rounded(extent * ((1 - below - above) / spec.levels)), _half(low + extent * below)
-        best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
+    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + extent * cut)
+    best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
     for _ in range(FITS[spec.bits]):
         fitted = _fit(spec, x, low, extent, *best[:2])
         best = _better(best, (*fitted, _error(spec, x, *fitted, scale)))
@@ -190,9 +186,9 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def split(words: jax.Array, bits: int) -> list[tuple[jax.Array, float]]:
-    """The parts of packed words [..., W]: int8 arrays [..., W] and the weight that turns each into codes.
+    """The parts of packed words [...]: int8 arrays [...] and the weight that turns each into codes.
 
-    Part i holds elements [i * W, (i + 1) * W) of the head dim; `part * weight` is the code, for the last part the code minus
+    Part i of W words holds elements [i * W, (i + 1) * W) of the head dim; `part * weight` is the code, for the last part the code minus
     `2**(bits - 1)`.
     """
     count = 8 // bits
@@ -245,7 +241,7 @@ def _butterfly(x: jax.Array, block: int) -> jax.Array:
 def mirror_of(mean: jax.Array) -> jax.Array:
     """The vector v [..., H] whose reflection turns the direction of `mean` [..., H] into that of a constant vector; 0 for a mean of 0.
 
-    Its elements have 11 significant bits, as `reflect_exactly` needs.
+    Its elements have 11 significant bits, as `reflect` needs.
     """
     most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
     whole = jnp.round(mean * (127 / jnp.where(most > 0, most, 1.0)))  # small integers: sums of their squares are exact
@@ -256,16 +252,14 @@ def mirror_of(mean: jax.Array) -> jax.Array:
 
 
 def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
-    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (any length; 0 leaves x as it is). Its own inverse."""
-    return x - v * (_per_square(v) * jnp.sum(x * v, axis=-1, keepdims=True))
+    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (as `mirror_of` gives it; 0 leaves x as it is).
 
-
-def reflect_exactly(x: jax.Array, v: jax.Array) -> jax.Array:
-    """`reflect` with the same bits in every program: factors are cut to 12 significant bits, so that no product is ever rounded.
-
-    What is cut changes the result by less than 2**-11 of the token's size, far below a quantization step.
+    Its own inverse but for rounding, and the same bits in every program: factors go in halves of 12 bits, so that no product is rounded.
     """
-    return x - v * _cut(_per_square(v) * tree_sum(_cut(x) * v, -1))
+    dot = sum((tree_sum(half * v, -1) for half in _halves(x)), jnp.zeros(()))
+    # Clipped so that the product cannot melt into the subtraction by which it is halved.
+    first, second = _halves(jnp.clip(_per_square(v) * dot, -3e38, 3e38))
+    return x - v * first - v * second
 
 
 def _per_square(v: jax.Array) -> jax.Array:
@@ -273,9 +267,10 @@ def _per_square(v: jax.Array) -> jax.Array:
     return jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
 
 
-def _cut(x: jax.Array) -> jax.Array:
-    """Floats without the last 12 of their 24 significant bits."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Floats as sums of two of 12 significant bits."""
+    first = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
+    return first, x - first
 
 
 def tree_sum(x: jax.Array, axis: int) -> jax.Array:

@@ -217,7 +217,8 @@ class KvCacheConfig:
         # a rewind moves the boundary above it by whole arrivals.
         arrival = 1 if is_first else self.step
         rewound = -(-self.rewind_length // arrival) * arrival
-        spare = self.rewind_length if is_last else self.step - 1 + max(arrival, rewound)
+        # The last tier learns its basis when its ring holds nothing; one slot more, so that no rewind that is exact leaves it so.
+        spare = self.rewind_length + (self.rewind_length > 0) if is_last else self.step - 1 + max(arrival, rewound)
         group = max(channel_group(key), channel_group(value))
         return -(-(length + spare) // group) * group
 
@@ -228,7 +229,8 @@ class KvCacheConfig:
     def _resolve(self, spec: QuantSpec | None) -> QuantSpec | None:
         if spec is None or spec.group_size is not None:
             return spec
-        divisors = (size for size in range(32 if spec.two_level else 64, 0, -1) if self.head_dim % size == 0)
+        largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
+        divisors = (size for size in range(largest, 0, -1) if self.head_dim % size == 0)
         return dataclasses.replace(spec, group_size=32 if spec.axis == "channel" else next(divisors))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,21 +22,43 @@ ODD_TOKENS = 4
 """The first tokens of a row, left out of that mean: heads dump their weight on them, and their keys look like no other."""
 
 
-def take_in(
-    config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, low: list[jax.Array], new_low: list[jax.Array], layer: Index
-) -> tuple[Tier, ...]:
-    """The tiers after `new` has entered the first and all that is due has moved on; boundaries go from `low` to `new_low` [B] each."""
-    entering = (new.first == config.sink_tokens) & (new.stop > config.sink_tokens)
-    first = aligned(tiers[0], config.chain[0], entering, lambda: first_of(new, config.sink_tokens), layer)
-    first = store(config, first, config.chain[0], new, layer)
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """Where the boundaries of `ring.starts` go in one append, and what the rings had kept before it."""
+
+    kept: jax.Array  # [B, n]
+    low: list[jax.Array]  # before, [B] each
+    new_low: list[jax.Array]  # after
+
+    def into(self, config: KvCacheConfig, index: int) -> tuple[jax.Array, jax.Array]:
+        """The positions [first, stop) [B] to be written to tier `index` >= 1.
+
+        From an evicted start they begin a batch earlier where those tokens are still there: groups need them, and a rewind may.
+        """
+        old, stop = self.low[index - 1], self.new_low[index - 1]
+        batch = ring.round_down(config, old)
+        if config.chain[index].group > 1:
+            return batch, ring.round_down(config, stop)
+        return jnp.where(old == self.low[-1], jnp.maximum(batch, self.kept[:, index - 1]), old), stop
+
+    def is_first(self, upper: jax.Array, new_upper: jax.Array) -> jax.Array:
+        """The rows [B] that write to a last tier, from `upper` on, that holds nothing, and nothing that a rewind could bring back."""
+        return (upper == self.kept[:, -1]) & (new_upper > upper)
+
+
+def take_in(config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, passage: Passage, layer: Index) -> tuple[Tier, ...]:
+    """The tiers after `new` has entered the first and all that is due has moved on."""
+    first = aligned(tiers[0], config.chain[0], passage.is_first(new.first, new.stop), lambda: first_of(new), layer)
+    first = store(first, config.chain[0], new, layer)
 
     def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
         source, done = Source(config, 0, tiers[0], first, new, layer), []
         for index, tier in enumerate(rest, start=1):
-            spec, old, now = config.chain[index], low[index - 1], new_low[index - 1]
-            ready = aligned(tier, spec, (old == config.sink_tokens) & (now > old), source.first_tokens, layer)
-            arrival = source.leaving(old, now)
-            done.append(store(config, ready, spec, arrival, layer))
+            spec, upper, new_upper = config.chain[index], passage.low[index - 1], passage.new_low[index - 1]
+            first_tokens = functools.partial(source.first_tokens, upper)
+            ready = aligned(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
+            arrival = source.leaving(passage)
+            done.append(store(ready, spec, arrival, layer))
             source = Source(config, index, tier, done[-1], arrival, layer)
         return tuple(done)
 
@@ -43,7 +66,7 @@ def take_in(
     if rest and new.size < config.step:
         # Most steps of a batched cache move nothing. The branch that does nothing comes first: the other way round costs three copies
         # of the cache (jax-ml/jax#39449).
-        return first, *lax.switch(jnp.any(new_low[0] > low[0]).astype(jnp.int32), [lambda same: same, pass_on], rest)
+        return first, *lax.switch(jnp.any(passage.new_low[0] > passage.low[0]).astype(jnp.int32), [lambda same: same, pass_on], rest)
     return first, *pass_on(rest)
 
 
@@ -66,15 +89,12 @@ def _positions(base: jax.Array, size: int) -> jax.Array:
     return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
 
 
-def store(config: KvCacheConfig, tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index) -> Tier:
+def store(tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
-    first, stop = arrival.first, arrival.stop
-    if spec.group > 1:
-        first, stop = ring.round_down(config, first), ring.round_down(config, stop)
     position = _positions(arrival.base, arrival.size)
-    lasting = jnp.maximum(first, stop - spec.capacity)[:, None]
+    lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)[:, None]
     slots = ring.slot_of(position, spec.offset, spec.capacity)
-    slots = jnp.where((position >= lasting) & (position < stop[:, None]), slots, spec.capacity)
+    slots = jnp.where((position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity)
     keys = _write(tier.keys, spec.key, arrival.keys, slots, layer)
     return Tier(keys, _write(tier.values, spec.value, arrival.values, slots, layer))
 
@@ -83,9 +103,9 @@ def _write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: I
     return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
 
 
-def first_of(arrival: Arrival, position: int) -> tuple[jax.Array, jax.Array]:
-    """The keys and values [B, 1, K, H] of one position of an arrival; of a row that does not have it, any."""
-    index = (position - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
+def first_of(arrival: Arrival) -> tuple[jax.Array, jax.Array]:
+    """The keys and values [B, 1, K, H] of the first token to be written; of a row that has none, any."""
+    index = (arrival.first - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
     return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(arrival.values, index, 1)
 
 
@@ -104,25 +124,29 @@ class Source:
     def spec(self) -> TierSpec:
         return self.config.chain[self.index]
 
-    def leaving(self, low: jax.Array, new_low: jax.Array) -> Arrival:
-        """Positions [low, new_low), as the tier represents them."""
-        base = ring.round_down(self.config, low)
-        size = -(-self.arrival.size // self.config.step) * self.config.step
-        return Arrival(*self.tokens_at(base, size), base, low, new_low)
+    def leaving(self, passage: Passage) -> Arrival:
+        """What is written to the next tier, as this one represents it.
 
-    def first_tokens(self) -> tuple[jax.Array, jax.Array]:
-        """Some of the first tokens of the chain: `ALIGN_TOKENS` without the `ODD_TOKENS`."""
+        A group gets the oldest token there is in place of evicted ones that are gone, so that they do not widen its range.
+        """
+        base = ring.round_down(self.config, passage.low[self.index])
+        size = -(-self.arrival.size // self.config.step) * self.config.step
+        position = jnp.maximum(_positions(base, size), passage.kept[:, self.index, None])
+        return Arrival(*self.tokens_at(position), base, *passage.into(self.config, self.index + 1))
+
+    def first_tokens(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Some of the tokens from `first` on: `ALIGN_TOKENS` without the `ODD_TOKENS`."""
         size = min(ALIGN_TOKENS, self.spec.length)
         skip = min(max(ODD_TOKENS - self.config.sink_tokens, 0), size - 1)
-        return self.tokens_at(jnp.full_like(self.arrival.base, self.config.sink_tokens + skip), size - skip)
+        return self.tokens_at(_positions(first + skip, size - skip))
 
-    def tokens_at(self, base: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, size, K, H] of positions base, base + 1, ... that the tier holds or held before the arrival.
+    def tokens_at(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, M, K, H] of positions [B, M] that the tier holds or held before the arrival.
 
         They are read from the written ring, which has slots to spare for it; only an arrival that overruns those (a prompt) takes the
         old ring and the arrival apart.
         """
-        spec, position = self.spec, _positions(base, size)
+        spec = self.spec
         slots = ring.slot_of(position, spec.offset, spec.capacity)
         has_room = spec.capacity >= spec.length + self.config.step - 1 + self.arrival.size
         fresh = (position - self.arrival.base[:, None]).clip(0, self.arrival.size - 1)[..., None, None]

@@ -154,8 +154,8 @@ def describe(fmt: Format) -> str:
     if isinstance(fmt, Precision):
         return fmt.value
     unit = f"{fmt.group_size} tokens of a channel" if fmt.axis == "channel" else f"{fmt.group_size}"
-    flags = [name for name in ("symmetric", "rotate", "align", "center") if getattr(fmt, name)]
-    return ", ".join([f"{fmt.bits} bits, groups of {unit}", *flags])
+    flags = [name for name in ("two_level", "symmetric", "rotate", "align", "center") if getattr(fmt, name)]
+    return ", ".join([f"{fmt.bits} bits, groups of {unit}", *(flag.replace("_", " ") for flag in flags)])
 
 
 def _fp16_bytes(config: KvCacheConfig, num_layers: int, tokens: int) -> int:

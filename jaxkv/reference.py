@@ -161,12 +161,15 @@ def _settle(config: KvCacheConfig, row: Row) -> None:
     starts = _starts(config, row)
     tops = [row.end, *starts[:-1]]
     for i, (tier, start, top) in enumerate(zip(config.chain, starts, tops, strict=True)):
-        for first in range(_batch_start(config, start), top, tier.group):
-            group = row.tokens[first : first + tier.group]
-            if any(len(token) == i + 1 for token in group):
-                if first == config.sink_tokens:
+        for first in range(_batch_start(config, start), top - tier.group + 1, tier.group):
+            group = range(first, first + tier.group)
+            if top > row.kept[i] and any(len(row.tokens[p]) == i + 1 for p in group):
+                if i == len(config.chain) - 1 and not any(len(token) > i + 1 for token in row.tokens[row.kept[i] :]):
                     row.mirrors[i] = _mirrors(config, row, i)
-                _enter(group, i, (tier.key, tier.value), row.mirrors[i])
+                for p in group:
+                    if i and p < row.kept[i - 1]:  # evicted and gone: the oldest token that is there takes its place
+                        row.tokens[p] = row.tokens[row.kept[i - 1]][: i + 1]
+                _enter([row.tokens[p] for p in group], i, (tier.key, tier.value), row.mirrors[i])
         row.kept[i] = max(row.kept[i], top - tier.capacity)
 
 
@@ -179,18 +182,18 @@ def _enter(group: list[list[Array]], tier: int, formats: Sequence[Precision | Qu
 
 
 def _mirrors(config: KvCacheConfig, row: Row, tier: int) -> Array:
-    given, spec = np.stack([row.tokens[p][tier] for p in first_positions(config, tier)]), config.chain[tier]
+    given, spec = np.stack([row.tokens[p][tier] for p in first_positions(config, row, tier)]), config.chain[tier]
     return np.stack([mirror_of(given[:, 0], spec.key), mirror_of(given[:, 1], spec.value)])
 
 
-def first_positions(config: KvCacheConfig, tier: int) -> range:
-    """The tokens that a tier is aligned by: those in the tier above when the first of them leaves it.
+def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
+    """The tokens that an empty tier is aligned by: those in the tier above when the first of them leaves it.
 
-    The first four of a row are left out: attention heads dump their weight there, and they look like no other.
+    Four are left out: attention heads dump their weight on the first of a row, and these look like no other.
     """
     size = min(128, config.chain[tier - 1].length) if tier else 1
     skip = min(max(4 - config.sink_tokens, 0), size - 1)
-    return range(config.sink_tokens + skip, config.sink_tokens + size)
+    return range(row.kept[tier] + skip, row.kept[tier] + size)
 
 
 def held(state: ReferenceState, row: int) -> dict[int, Array]:
@@ -292,22 +295,74 @@ def _check_count(count: int, most: int) -> None:
 # Reading.
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of attention, as in `jaxkv.Scoring`; of T queries that stand at known positions."""
+
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    decay: ArrayLike | None = None  # scalar or [N]
+    bias: Array | None = None  # [B or 1, N or 1, T, P]
+    mask: Array | None = None  # the same
+    sink_logits: ArrayLike | None = None  # [N]
+
+    def sees(self, query: int, key: int, sink_tokens: int) -> bool:
+        """Whether a query at position `query` may look at position `key`."""
+        is_new_enough = self.window is None or key > query - self.window or key < sink_tokens
+        return (key <= query or not self.causal) and is_new_enough
+
+    def added(self, row: int, t: int, query: int, keys: Sequence[int], num_heads: int) -> Array:
+        """What is added to the scores [N, S] of query t of a row, at position `query`, with the positions `keys`."""
+        added = np.zeros((num_heads, len(keys)))
+        for s, key in enumerate(keys):
+            if self.decay is not None:
+                added[:, s] -= np.asarray(self.decay, np.float64) * (query - key)
+            if self.bias is not None and key < self.bias.shape[3]:
+                added[:, s] += self.bias[min(row, len(self.bias) - 1), :, t, key]
+            if self.mask is not None and key < self.mask.shape[3]:
+                added[~np.broadcast_to(self.mask[min(row, len(self.mask) - 1), :, t, key], num_heads), s] = -np.inf
+        return added
+
+
 def exact_attention(query: Array, pairs: Array, scale: float | None = None) -> Array:
     """Softmax attention of query [N, H] over pairs [S, 2, K, H], head by head in float64; zeros if S is 0."""
-    out = np.zeros(query.shape)
+    return attention_and_lse(query, pairs, scale, np.zeros((len(query), len(pairs))), Options())[0]
+
+
+def attention_and_lse(query: Array, pairs: Array, scale: float | None, added: Array, options: Options) -> tuple[Array, Array]:
+    """Attention of query [N, H] over pairs [S, 2, K, H] with `added` [N, S] to the scores; its log-sum-exps [N], -inf of nothing."""
+    out, lse = np.zeros(query.shape), np.full(len(query), -np.inf)
     scale = query.shape[1] ** -0.5 if scale is None else scale
-    for head in range(len(query) if len(pairs) else 0):
-        kv_head = head * pairs.shape[2] // len(query)
-        keys, values = pairs[:, 0, kv_head].astype(np.float64), pairs[:, 1, kv_head].astype(np.float64)
-        scores = scale * (keys @ query[head].astype(np.float64))
-        weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ values
-    return out
+    for head in range(len(query)):
+        scores, values = np.zeros(0), np.zeros((0, query.shape[1]))
+        if len(pairs):
+            kv_head = head * pairs.shape[2] // len(query)
+            keys, values = pairs[:, 0, kv_head].astype(np.float64), pairs[:, 1, kv_head].astype(np.float64)
+            scores = scale * (keys @ query[head].astype(np.float64))
+            scores = scores if options.soft_cap is None else options.soft_cap * np.tanh(scores / options.soft_cap)
+            scores = scores + added[head]
+        if options.sink_logits is not None:  # a token whose value is zero
+            scores = np.append(scores, np.asarray(options.sink_logits)[head])
+            values = np.append(values, np.zeros((1, query.shape[1])), axis=0)
+        if (scores > -np.inf).any():
+            lse[head] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+            out[head] = np.exp(scores - lse[head]) @ values
+    return out, lse
 
 
-def attend(state: ReferenceState, query: Array, scale: float | None = None, lengths: ArrayLike | None = None) -> Array:
-    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held there."""
-    return _attend(state, query, [{}] * len(state.rows), scale, lengths)
+def attend(
+    state: ReferenceState,
+    query: Array,
+    scale: float | None = None,
+    lengths: ArrayLike | None = None,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held there; as `jaxkv.attend`."""
+    found = _attend(state, query, [{}] * len(state.rows), scale, lengths, options)
+    return found if return_lse else found[0]
 
 
 def prefill(
@@ -317,13 +372,17 @@ def prefill(
     values: Array,
     lengths: ArrayLike | None = None,
     scale: float | None = None,
-) -> tuple[ReferenceState, Array]:
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> tuple[ReferenceState, Any]:
     """Attends over what was held and the raw new keys and values, causally; then appends these."""
     raw = [
         dict(enumerate(np.stack([k, v], axis=1)[:length], row.end))
         for row, k, v, length in zip(state.rows, keys, values, _per_row(state, lengths, keys.shape[1]), strict=True)
     ]
-    return append(state, keys, values, lengths), _attend(state, query, raw, scale, lengths)
+    found = _attend(state, query, raw, scale, lengths, options)
+    return append(state, keys, values, lengths), found if return_lse else found[0]
 
 
 def _attend(
@@ -332,15 +391,18 @@ def _attend(
     raw: Sequence[dict[int, Array]],
     scale: float | None,
     lengths: ArrayLike | None,
-) -> Array:
-    out = np.zeros(query.shape)
+    given: dict[str, Any],
+) -> tuple[Array, Array]:
+    config, out, lse = state.config, np.zeros(query.shape), np.zeros(query.shape[:3])
+    options = Options(**{**given, "window": given.get("window") or config.window})
     for b, (row, length) in enumerate(zip(state.rows, _per_row(state, lengths, query.shape[1]), strict=True)):
         visible = held(state, b) | raw[b]
-        for t in range(length):
+        for t in range(query.shape[1]):
             position = row.end + len(raw[b]) - length + t
-            seen = [pair for p, pair in visible.items() if p <= position]
-            out[b, t] = exact_attention(query[b, t], np.array(seen), scale)
-    return out
+            seen = [p for p in visible if t < length and options.sees(position, p, config.sink_tokens)]
+            added = options.added(b, t, position, seen, query.shape[2])
+            out[b, t], lse[b, t] = attention_and_lse(query[b, t], np.array([visible[p] for p in seen]), scale, added, options)
+    return out, lse
 
 
 def gather(state: ReferenceState) -> tuple[Array, Array, Array]:

@@ -44,6 +44,8 @@ def uppers(config: KvCacheConfig, end: jax.Array, lows: list[jax.Array]) -> list
 
 def round_down(config: KvCacheConfig, position: jax.Array) -> jax.Array:
     """The last boundary (multiple of `config.step`, counted from the end of the sinks) not after `position`."""
+    if config.step == 1:
+        return position
     return position - (position - config.sink_tokens) % config.step
 
 
@@ -60,5 +62,5 @@ def slot_of(position: jax.Array, offset: int, capacity: int) -> jax.Array:
 
 def position_of(slot: jax.Array, top: jax.Array, offset: int, capacity: int) -> jax.Array:
     """The newest position below `top` that lives in `slot`. It may lie below what is held: compare it with the tier's start."""
-    newest = top - 1
-    return newest - (newest - offset - slot) % capacity
+    filled = (top - offset) % capacity  # slots of the ring's present round; a division per row, none per slot
+    return top - filled + slot - jnp.where(slot < filled, 0, capacity)

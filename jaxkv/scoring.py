@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 from jaxkv import softmax
 from jaxkv.softmax import Partial
 
-
 EVERY = jnp.iinfo(jnp.int32).max - 1
 """A position that none reaches."""
 

@@ -11,10 +11,12 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxkv.config import KvCacheConfig, Migration, QuantSpec
 from jaxkv.state import CacheState
+
+AnyMesh = Mesh | AbstractMesh  # sizes can be asked of a mesh without devices too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def share(config: KvCacheConfig, mesh: Mesh, axes: Axes) -> KvCacheConfig:
+def share(config: KvCacheConfig, mesh: AnyMesh, axes: Axes) -> KvCacheConfig:
     """What one device holds of a cache: its part of the heads, and of every tier's tokens.
 
     Raises:
@@ -87,13 +89,13 @@ def share(config: KvCacheConfig, mesh: Mesh, axes: Axes) -> KvCacheConfig:
     return dataclasses.replace(config, num_kv_heads=config.num_kv_heads // heads, **lengths)
 
 
-def size(mesh: Mesh, axis: str | None) -> int:
+def size(mesh: AnyMesh, axis: str | None) -> int:
     """Devices along an axis of a mesh; 1 for None."""
     if axis is not None and axis not in mesh.shape:
         raise ValueError(f"axis {axis!r}: the mesh has axes {list(mesh.shape)}; name one of them")
     return 1 if axis is None else int(mesh.shape[axis])
 
 
-def check_divides(name: str, value: int, mesh: Mesh, axis: str | None) -> None:
+def check_divides(name: str, value: int, mesh: AnyMesh, axis: str | None) -> None:
     if value % size(mesh, axis):
         raise ValueError(f"{name}={value}: must be a multiple of the {size(mesh, axis)} devices of mesh axis {axis!r}")

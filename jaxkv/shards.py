@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxkv import softmax, update
 from jaxkv import state as whole
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
-from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query
+from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, in_range
 from jaxkv.config import KvCacheConfig
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.scoring import Scoring
@@ -58,10 +58,17 @@ def init(config: KvCacheConfig, batch_size: int, num_layers: int | None = None, 
     """
     check_divides("batch_size", batch_size, mesh, axes.batch)
     part, parts = share(config, mesh, axes), size(mesh, axes.context)
+    heads_axis = 1 if num_layers is None else 2
+
+    def per_device(leaf: jax.Array) -> jax.Array:
+        # What all heads share (the units of two-level scales), all heads of one device share.
+        return jnp.repeat(leaf, size(mesh, axes.heads), heads_axis) if leaf.shape[heads_axis] < config.num_kv_heads else leaf
 
     def allocate(means: dict[str, jax.Array]) -> Shards:
         all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
         cache = dataclasses.replace(whole.init(all_heads, batch_size, num_layers, **means), config=part)
+        sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
+        cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
         return Shards(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache), jnp.zeros_like(cache.end), axes)
 
     return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(means)
@@ -71,8 +78,8 @@ def append(shards: Shards, keys: jax.Array, values: jax.Array, lengths: ArrayLik
     """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a device keeps its own positions."""
     deal = _Deal.of(shards)
     check_layer(layer, deal.cache.num_layers)
-    check_new_tokens(keys, values, deal.cache.batch_size, deal.cache.config.num_kv_heads, deal.cache.config.head_dim)
-    count = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
+    keys, values = check_new_tokens(keys, values, deal.cache.batch_size, deal.cache.config.num_kv_heads, deal.cache.config.head_dim)
+    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1])
     end = shards.end if layer is None else shards.end[layer]
     own = deal.below(end + count) - deal.below(end)
     cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
@@ -92,9 +99,10 @@ def attend(
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
     deal = _Deal.of(shards)
     check_layer(layer, deal.cache.num_layers)
-    count = as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1])
+    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1])
     end = shards.end if layer is None else shards.end[layer]
-    attention = _Attention.of(deal, query, end - count, count, scale, options)
+    first = end - count if options.get("causal", True) else jnp.maximum(end - count, 0)  # more queries than tokens see all of these
+    attention = _Attention.of(deal, query, first, count, scale, options)
     return attention.merged([attention.over(segments(deal.cache, layer), layer)], return_lse)
 
 
@@ -113,7 +121,7 @@ def prefill(
     """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
     deal = _Deal.of(shards)
     after = append(shards, keys, values, lengths, layer=layer)
-    count = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
+    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1])
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
     raw = raw_segment(deal.own(keys, end), deal.own(values, end), stop - first, first)
@@ -211,7 +219,7 @@ class _Attention:
         cls, deal: _Deal, query: jax.Array, first: jax.Array, count: jax.Array, scale: ArrayLike | None, options: dict[str, Any]
     ) -> _Attention:
         config = deal.cache.config
-        check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
+        query = check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         position = jnp.where(index < count[:, None], first[:, None] + index, -1)
         return cls(deal, query, position, _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal))

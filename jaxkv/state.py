@@ -22,6 +22,7 @@ class Status(enum.IntFlag):
     EVICT_TOO_MANY = 1
     REWIND_TOO_MANY = 2
     REWIND_CUTS_GROUP = 4
+    OUT_OF_RANGE = 8  # a negative count, or a length beyond the tokens given
 
 
 @jax.tree_util.register_dataclass

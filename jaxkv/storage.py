@@ -32,7 +32,6 @@ from jaxkv.tokens import Tokens
 VERSION = 1
 """Raised when the layout of a file, or the meaning of what is in it, changes."""
 
-_DTYPES = {"F16": np.float16, "F32": np.float32, "I8": np.int8, "I16": np.int16, "I32": np.int32}
 _NO_DIGEST = "0" * 64
 
 
@@ -94,7 +93,7 @@ def load(
 
     def read(where: Any, full: Any) -> jax.Array:
         entry = header[_name(where)]
-        stored = np.frombuffer(buffer, _DTYPES[entry["dtype"]], int(np.prod(entry["shape"])), first + entry["data_offsets"][0])
+        stored = np.frombuffer(buffer, full.dtype, int(np.prod(entry["shape"])), first + entry["data_offsets"][0])
         part = np.take(stored.reshape(entry["shape"]), chosen, axis=0 if num_layers is None else 1)
         array = np.zeros(full.shape, full.dtype)
         array[tuple(slice(size) for size in part.shape)] = part

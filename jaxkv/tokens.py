@@ -88,7 +88,7 @@ class Basis:
         """Tokens [B, T, K, H] float32, to be quantized. The same bits in every program."""
         x = x if self.mean is None else x - self.mean[:, None]
         x = codec.hadamard(x) if self._rotates else x
-        return x if self.mirror is None else codec.reflect_exactly(x, self.mirror[:, None])
+        return x if self.mirror is None else codec.reflect(x, self.mirror[:, None])
 
     def leave(self, x: jax.Array) -> jax.Array:
         """The inverse of `enter`."""
@@ -121,10 +121,6 @@ class Basis:
 _SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
 
 
-def mean_of(tokens: Tokens, layer: Index) -> jax.Array | None:
-    return tokens.mean if tokens.mean is None or layer is None else tokens.mean[layer]
-
-
 def basis_of(tokens: Tokens, fmt: Format, layer: Index) -> Basis:
     """The basis of one layer's tokens."""
     mean, mirror = (array if array is None or layer is None else array[layer] for array in (tokens.mean, tokens.mirror))
@@ -144,7 +140,7 @@ def encode(basis: Basis, x: jax.Array) -> Encoded:
     """Tokens [B, T, K, H] in a tier's format; channel groups must be whole."""
     if isinstance(basis.fmt, QuantSpec):
         return codec.quantize(basis.fmt, basis.enter(x.astype(jnp.float32)))
-    x = x.astype(basis.fmt.dtype_name)
+    x = jnp.asarray(x).astype(basis.fmt.dtype_name)
     return lax.bitcast_convert_type(x, jnp.int16) if basis.fmt is Precision.BF16 else x
 
 
@@ -208,29 +204,33 @@ def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
     return (rows,) if layer is None else (layer, rows)
 
 
-def block(tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index) -> Tokens:
-    """The slots [start, start + size) of one layer, still encoded but for two-level scales, which are widened to float32.
+def flattened(tokens: Tokens) -> Tokens:
+    """The tokens with `data` [..., K, S * W], as `block` takes them."""
+    return dataclasses.replace(tokens, data=tokens.data.reshape(*tokens.data.shape[:-2], -1))
 
-    `start` and `size` are multiples of a channel group.
+
+def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, layer: Index) -> Tokens:
+    """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W].
+
+    Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
     """
     group = channel_group(fmt)
 
-    def cut(array: jax.Array | None, axis: int, unit: int) -> jax.Array | None:
-        if array is None:
-            return None
-        if layer is None:
-            return lax.dynamic_slice_in_dim(array, start // unit, size // unit, axis)
-        begin = [jnp.int32(0)] * array.ndim
-        begin[0], begin[axis + 1] = jnp.int32(layer), start // unit
+    def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int) -> jax.Array | None:
+        if array is None or layer is None:
+            return array if array is None else lax.dynamic_slice_in_dim(array, begin, length, axis)
+        starts = [jnp.int32(layer)] + [jnp.int32(0)] * (array.ndim - 1)
+        starts[axis + 1] = begin
         shape = [1, *array.shape[1:]]
-        shape[axis + 1] = size // unit
-        return lax.dynamic_slice(array, begin, shape).squeeze(0)
+        shape[axis + 1] = length
+        return lax.dynamic_slice(array, starts, shape).squeeze(0)
 
-    axis = 3 if group == 1 else 2
-    data = cut(tokens.data, 2, 1)
+    width = flat.data.shape[-1] // capacity
+    data = cut(flat.data, 2, start * width, size * width)
     assert data is not None
+    axis = 3 if group == 1 else 2
     scale, zero_point, scale_unit, zero_unit = (
-        cut(array, axis, group) for array in (tokens.scale, tokens.zero_point, tokens.scale_unit, tokens.zero_unit)
+        cut(array, axis, start // group, size // group) for array in (flat.scale, flat.zero_point, flat.scale_unit, flat.zero_unit)
     )
     if scale_unit is not None:
         scale, zero_point = codec.widened(scale, scale_unit), codec.widened(zero_point, zero_unit)

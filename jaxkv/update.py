@@ -16,10 +16,10 @@ from jax.typing import ArrayLike
 
 from jaxkv import ring
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
-from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, is_concrete
+from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, in_range, is_concrete
 from jaxkv.config import KvCacheConfig
 from jaxkv.kernels import dispatch
-from jaxkv.migration import Arrival, store, take_in
+from jaxkv.migration import Arrival, Passage, store, take_in
 from jaxkv.state import CacheState, Status, segments
 from jaxkv.tokens import Index
 
@@ -32,26 +32,29 @@ def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: Array
     Args:
       keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision.
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones). None: all.
+        Inside jit, a row whose length is none of these stays as it was and gets `Status.OUT_OF_RANGE`.
       layer: which layer, an int or a traced scalar; required where the state has layers.
 
     Raises:
       ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or surplus layer.
     """
-    config, size = state.config, keys.shape[1] if getattr(keys, "ndim", 0) > 1 else 0
+    config = state.config
     check_layer(layer, state.num_layers)
-    check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim)
-    count = as_counts("lengths", lengths, state.batch_size, size)
+    keys, values = check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim)
+    given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
+    count = in_range(given, keys.shape[1])
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
     new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
-    tiers = take_in(config, state.tiers, new, low, new_low, layer)
+    tiers = take_in(config, state.tiers, new, Passage(kept, low, new_low), layer)
     sinks = state.sinks
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
-        sinks = store(config, sinks, config.sink_spec, new, layer)
-    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers)
+        sinks = store(sinks, config.sink_spec, new, layer)
+    status = state.status if lengths is None else _flag(state, given != count, Status.OUT_OF_RANGE, layer)
+    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, status=status)
     return _at(moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low)))
 
 
@@ -79,17 +82,18 @@ def prefill(
     """
     config = state.config
     check_layer(layer, state.num_layers)
-    check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
-    check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1])
+    query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
+    keys, values = check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1])
     scoring = scoring_of(config, query, scale, options)
-    count = as_counts("lengths", lengths, state.batch_size, query.shape[1])
+    given = as_counts("lengths", lengths, state.batch_size, query.shape[1])
+    count = in_range(given, query.shape[1])
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = jnp.where(index < count[:, None], end[:, None] + index, -1)
     held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
     new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None, implementation)
     out = finish([held, new], scoring, query, return_lse)
-    return append(state, keys, values, count, layer=layer), out
+    return append(state, keys, values, None if lengths is None else given, layer=layer), out
 
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:
@@ -109,14 +113,15 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
     """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay.
 
     Raises:
-      ValueError: more than is held. Inside jit such a row stays as it was and gets `Status.EVICT_TOO_MANY`.
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets `Status.EVICT_TOO_MANY` or
+        `Status.OUT_OF_RANGE`.
     """
     given = as_counts("count", count, state.batch_size, None)
     begin, upper = state.begin, ring.chain_end(state.config, state.end)
     refused = _refused("count", given, upper - begin, state)
     begin = jnp.where(refused, begin, begin + given)
     kept = state.kept.at[..., -1].set(jnp.where(refused | (given == 0), state.kept[..., -1], begin))
-    return dataclasses.replace(state, kept=kept, status=_flag(state, refused, Status.EVICT_TOO_MANY))
+    return dataclasses.replace(state, kept=kept, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY))
 
 
 def rewind(state: CacheState, count: ArrayLike) -> CacheState:
@@ -126,23 +131,25 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
     full again and tokens that they evicted are back. Beyond, what is held stays held: the tail is shorter by what its ring has lost.
 
     Raises:
-      ValueError: more than is held. Inside jit such a row stays as it was and gets `Status.REWIND_TOO_MANY`. A rewind that would leave
-        a part of a group of `axis="channel"` codes without its float tokens is refused alike, with `Status.REWIND_CUTS_GROUP`.
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets `Status.REWIND_TOO_MANY` or
+        `Status.OUT_OF_RANGE`. A rewind that would leave a part of a group of `axis="channel"` codes without its float tokens is refused
+        alike, with `Status.REWIND_CUTS_GROUP`.
     """
     config, given = state.config, as_counts("count", count, state.batch_size, None)
     begin, upper = state.begin, ring.chain_end(config, state.end)
     most = jnp.where(begin > config.sink_tokens, upper - begin, state.end)
-    too_many = _refused("count", given, most, state)
+    out_of_range = _refused("count", given, most, state)
     end = state.end - given
     kept = _reachable(config, end, state.kept)
     cuts = _cuts_group(config, end, kept) & (given > 0)
-    refused = too_many | cuts
-    if is_concrete(refused) and bool(np.any(cuts & ~too_many)):
+    refused = out_of_range | cuts
+    if is_concrete(refused) and bool(np.any(cuts & ~out_of_range)):
         raise ValueError(
             f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel codes; set rewind_length "
             f"(now {config.rewind_length}) to the deepest rewind you need"
         )
-    status = _flag(state, too_many, Status.REWIND_TOO_MANY) | _flag(state, cuts & ~too_many, Status.REWIND_CUTS_GROUP)
+    status = _flag_count(state, given, out_of_range, Status.REWIND_TOO_MANY)
+    status |= _flag(state, cuts & ~out_of_range, Status.REWIND_CUTS_GROUP)
     return dataclasses.replace(
         state,
         end=jnp.where(refused, state.end, end),
@@ -163,23 +170,29 @@ def _reachable(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Ar
 def _cuts_group(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
     """Whether a boundary before a tier of token groups lies inside a group whose first tokens no ring holds."""
     cut = jnp.zeros_like(end, bool)
-    for index, low in enumerate(ring.starts(config, end, kept)[:-1]):
+    *lows, begin = ring.starts(config, end, kept)
+    for index, low in enumerate(lows):
         if config.chain[index + 1].group > 1:
             first = ring.round_down(config, low)
-            cut |= (low > first) & (kept[..., index] > first) & (low > kept[..., -1])
+            cut |= (low > first) & (kept[..., index] > first) & (low > begin)
     return cut
 
 
 def _refused(name: str, count: jax.Array, most: jax.Array, state: CacheState) -> jax.Array:
-    """Where `count` exceeds `most`; raises if that can be seen now."""
-    refused = count > most
+    """Where `count` is none of 0 .. `most`; raises if that can be seen now."""
+    refused = (count > most) | (count < 0)
     if is_concrete(refused) and bool(np.any(refused)):
         raise ValueError(f"{name}={np.asarray(count).tolist()}: rows hold {np.asarray(most).tolist()} such tokens; ask for fewer")
     return refused
 
 
-def _flag(state: CacheState, where: jax.Array, status: Status) -> jax.Array:
-    return state.status | jnp.where(where, jnp.int32(status), jnp.int32(0))
+def _flag(state: CacheState, where: jax.Array, status: Status, layer: Index = None) -> jax.Array:
+    bits = jnp.where(where, jnp.int32(status), jnp.int32(0))
+    return state.status | bits if layer is None else state.status.at[layer].set(state.status[layer] | bits)
+
+
+def _flag_count(state: CacheState, count: jax.Array, refused: jax.Array, too_many: Status) -> jax.Array:
+    return _flag(state, refused & (count >= 0), too_many) | _flag(state, refused & (count < 0), Status.OUT_OF_RANGE)
 
 
 def clear(state: CacheState) -> CacheState:

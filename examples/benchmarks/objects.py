@@ -106,9 +106,7 @@ def main() -> None:
     print(f"jax {found['jax']} on {found['device']}, {found['repeats']} repeats, medians in us")
     for name in ("append_1", "attend_4096"):
         row = found[name]
-        print(
-            f"{name:12} bare {row['bare_us']:8} object {row['object_us']:8} ratio {row['ratio']:.2f}  (NumPy {row['object_numpy_us']})"
-        )
+        print(f"{name:12} bare {row['bare_us']:8} object {row['object_us']:8} ratio {row['ratio']:.2f}  (NumPy {row['object_numpy_us']})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Exact float products on integer units: a float operand as three 7-bit digits, dotted with small integer codes.
 
-XLA:CPU hands int8 x int8 -> int32 products to VNNI and AMX units, which take 12 rows for little more than 4: three digits of 4 rows give float32's
-accuracy at the price of an int8 query's. A query of one digit, the common choice, would err by 0.4 %.
+XLA:CPU hands int8 x int8 -> int32 products to VNNI and AMX units, where 12 rows cost little more than 4: three digits of 4 rows give
+float32's accuracy at the price of an int8 query's. A query of one digit, the common choice, would err by 0.4 %.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FRACTION_UNIT = 2.0 ** -(DIGITS * BITS)
 def of_fraction(x: jax.Array) -> jax.Array:
     """Floats [..., R, X] in [0, 1] as digits [..., 3 R, X] int8 that count `FRACTION_UNIT`."""
     # x + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's guarded float-to-int conversion.
-    fixed = lax.bitcast_convert_type(x * (1 - FRACTION_UNIT) + 4.0, jnp.int32)
+    # The bound is for platforms that compute a score twice, with other rounding: a weight above 1 would start again at 0.
+    fixed = lax.bitcast_convert_type(jnp.minimum(x, 1.0) * (1 - FRACTION_UNIT) + 4.0, jnp.int32)
     return _digits(fixed & (2 ** (DIGITS * BITS) - 1))
 
 
@@ -67,7 +68,5 @@ def dot_rows(rows: jax.Array, codes: jax.Array, contract: int) -> jax.Array:
     """`dot` of n sets of digits [B, K, n, 3 R, X] with the same codes [B, K, S, X] (or [B, K, X, S]) -> [B, K, n, R, S]."""
     b, k, n, r, x = rows.shape
     batch = ((0, 1), (0, 1))
-    products = lax.dot_general(
-        rows.reshape(b, k, n * r, x), codes, (((3,), (4 + contract,)), batch), preferred_element_type=jnp.int32
-    )
+    products = lax.dot_general(rows.reshape(b, k, n * r, x), codes, (((3,), (4 + contract,)), batch), preferred_element_type=jnp.int32)
     return join(products.reshape(b, k, n, r, -1))

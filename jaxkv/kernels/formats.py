@@ -30,72 +30,111 @@ class Reader(Protocol):
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]: ...
 
 
-def reader(fmt: Format, head_dim: int, mean: jax.Array | None) -> Reader:
+def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
+    """The reader of a format; `never` is a traced False (see `computed_once`)."""
     if isinstance(fmt, Precision):
-        return Floats(head_dim)
-    return ChannelGroups(fmt, head_dim, mean) if fmt.axis == "channel" else TokenGroups(fmt, head_dim, mean)
+        return Terms(never, head_dim) if fmt is Precision.BF16 else Floats(never, head_dim)
+    return ChannelGroups(never, head_dim, fmt) if fmt.axis == "channel" else TokenGroups(never, head_dim, fmt)
+
+
+def computed_once(never: jax.Array, tree: Any) -> Any:
+    """Arrays as they are, each element computed once.
+
+    XLA:CPU fuses what looks cheap into every use, and no barrier stops it: scores were computed twice, and converted an f16 scale for every
+    row (17 ms instead of 7 at 16k tokens). It does not look into the branches of a conditional on something that it cannot foresee.
+    """
+    return lax.platform_dependent(
+        tree, cpu=lambda tree: lax.cond(never, lambda t: jax.tree.map(jnp.negative, t), lambda t: t, tree), default=lambda tree: tree
+    )
+
+
+def _laid_out(never: jax.Array, flat: list[jax.Array], width: int) -> list[jax.Array]:
+    """What was computed of a block's data [B, K, S * W], as [B, K, S, W]. Computed flat: a loop over short rows does not vectorize."""
+    done = computed_once(never, flat)
+    return [x.reshape(*x.shape[:2], -1, width) for x in done]
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     """Float32 product over the last axis of a and axis `contract` of b, leading axes shared."""
     batch = tuple(range(a.ndim - 2))
-    return lax.dot_general(a, b, (((a.ndim - 1,), (b.ndim + contract,)), (batch, batch)), precision=EXACT)
+    dims = (((a.ndim - 1,), (b.ndim + contract,)), (batch, batch))
+    return lax.dot_general(a, b, dims, precision=EXACT, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Floats:
     """Float tiers: the block itself is the operand, in float32."""
 
+    never: jax.Array
     head_dim: int
 
-    def query(self, query: jax.Array) -> jax.Array:
+    def query(self, query: jax.Array) -> Any:
         return query
 
-    def scores(self, operand: jax.Array, block: Tokens) -> jax.Array:
-        return _dot(operand, tokens.floats(block.data), -1)
+    def scores(self, operand: Any, block: Tokens) -> jax.Array:
+        return self.product(operand, _laid_out(self.never, [self.widened(block.data)], self.head_dim)[0], -1)
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = jnp.where(valid[:, None, :, None], tokens.floats(block.data), 0)
-        return _dot(weights, values, -2), weights.sum(-1, keepdims=True)
+        values = _laid_out(self.never, [block.data], self.head_dim)[0]
+        keep = computed_once(self.never, valid.astype(jnp.float32))[:, None, :, None] > 0
+        values = self.widened(jnp.where(keep, values, 0))
+        return self.product(self.query(weights), values, -2), weights.sum(-1, keepdims=True)
 
     def finish(self, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return total[0], total[1][..., 0]
 
+    def widened(self, data: jax.Array) -> jax.Array:
+        return tokens.floats(data)
+
+    def product(self, operand: Any, data: jax.Array, contract: int) -> jax.Array:
+        return _dot(operand, data, contract)
+
+
+class Terms(Floats):
+    """bfloat16 tiers: the block as it lies is the operand, the other one a sum of three bfloat16 terms, which is all of a float32."""
+
+    def query(self, query: jax.Array) -> jax.Array:
+        terms = []
+        for _ in range(3):
+            terms.append(lax.bitcast_convert_type(lax.bitcast_convert_type(query, jnp.int32) & -(2**16), jnp.float32))
+            query = query - terms[-1]
+        return jnp.concatenate(terms, axis=2).astype(jnp.bfloat16)
+
+    def widened(self, data: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(data, jnp.bfloat16)
+
+    def product(self, operand: jax.Array, data: jax.Array, contract: int) -> jax.Array:
+        products = _dot(operand, data, contract)
+        return sum(jnp.split(products, 3, axis=2), jnp.zeros(()))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Coded:
-    """What the two quantized formats share: parts of a word, and the basis change around them."""
+    """What the two quantized formats share: a word's parts."""
 
-    spec: QuantSpec
+    never: jax.Array
     head_dim: int
-    mean: jax.Array | None  # [B, K, H]
+    spec: QuantSpec
 
     @property
     def words(self) -> int:
         return self.head_dim // self.spec.codes_per_byte
 
-    @property
-    def middle(self) -> float:
-        """What the last part's codes lack (see `codec`)."""
-        return 2.0 ** (self.spec.bits - 1)
-
     def parts(self, x: jax.Array) -> list[jax.Array]:
         """[..., H] in pieces of `words`, as the codes are packed."""
         return jnp.split(x, self.spec.codes_per_byte, axis=-1)
 
-    def rotated(self, query: jax.Array) -> jax.Array:
-        return codec.inverse_hadamard(query) if self.spec.rotate else query
+    def codes(self, block: Tokens) -> list[tuple[jax.Array, float]]:
+        """A block's codes [B, K, S, W] part by part, with their weights (see `codec.split`)."""
+        parts, weights = zip(*codec.split(block.data, self.spec.bits), strict=True)
+        return list(zip(_laid_out(self.never, list(parts), self.words), weights, strict=True))
 
-    def mean_score(self, query: jax.Array) -> jax.Array:
-        """The score of the mean [B, K, R, 1], which every token's score lacks."""
-        return jnp.zeros(()) if self.mean is None else _dot(query, self.mean[:, :, None], -1)
-
-    def restored(self, out: jax.Array, total: jax.Array) -> jax.Array:
-        out = codec.inverse_hadamard(out) if self.spec.rotate else out
-        return out if self.mean is None else out + total[..., None] * self.mean[:, :, None]
+    def lacking(self, x: jax.Array) -> jax.Array:
+        """[..., H] times what the codes of each element lack: those of the last part are short of half their range (see `codec`)."""
+        return jnp.where(jnp.arange(self.head_dim) >= self.head_dim - self.words, x * 2.0 ** (self.spec.bits - 1), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,25 +163,21 @@ class TokenGroups(_Coded):
         return element // self.group == jnp.array(self.groups_of(part))[:, None, None]
 
     def query(self, query: jax.Array) -> Any:
-        rotated = self.rotated(query)
-        fixed, unit = digits.of_signed(rotated)
+        fixed, unit = digits.of_signed(query)
         rows = [jnp.where(self.inside(i), x[:, :, None], 0) for i, x in enumerate(self.parts(fixed))]  # [B, K, n, 3 R, W]
-        lacking = jnp.where(jnp.arange(self.head_dim) >= self.head_dim - self.words, rotated * self.middle, 0)
-        sums = [x.reshape(*x.shape[:-1], self.num_groups, self.group).sum(-1) / unit for x in (rotated, lacking)]
-        return rows, *sums, self.mean_score(query) / unit, 1 / unit
+        sums = [x.reshape(*x.shape[:-1], self.num_groups, self.group).sum(-1) for x in (query, self.lacking(query))]
+        return rows, jnp.concatenate(sums, axis=-1) / unit, unit
 
     def scores(self, operand: Any, block: Tokens) -> jax.Array:
-        rows, sums, lacking, score, units = operand
-        scale, zero_point = _scales(self.spec, block)
-        products = [lacking[..., group, None] for group in range(self.num_groups)]
-        for part, (codes, weight) in enumerate(codec.split(block.data, self.spec.bits)):
-            found = digits.dot_rows(rows[part], codes, -1)  # [B, K, n, R, S]
+        rows, sums, unit = operand
+        scale, zero_point = computed_once(self.never, _scales(self.spec, block))
+        columns = jnp.concatenate([zero_point, scale], axis=2)
+        score = _dot(sums, jnp.broadcast_to(columns, (*sums.shape[:2], *columns.shape[2:])), -2)
+        for part, (codes, weight) in enumerate(self.codes(block)):
+            found = digits.dot_rows(rows[part], codes, -1) * weight  # [B, K, n, R, S]
             for index, group in enumerate(self.groups_of(part)):
-                products[group] = products[group] + found[:, :, index] * weight
-        for group, product in enumerate(products):
-            score = score + product * scale[:, :, group, None] + sums[..., group, None] * zero_point[:, :, group, None]
-        # Counted in the query's units and divided at last: XLA:CPU computes a division once, a product again for every use.
-        return score / units
+                score = score + found[:, :, index] * scale[:, :, group, None]
+        return score * unit
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
         return [jnp.zeros((*shape, self.words))] * self.spec.codes_per_byte, jnp.zeros((*shape, 1 + 2 * self.num_groups))
@@ -150,10 +185,10 @@ class TokenGroups(_Coded):
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
         scale, zero_point = (jnp.where(valid[:, None, None], a, 0) for a in _scales(self.spec, block))
         most = jnp.maximum(scale.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        relative, scale, zero_point = lax.optimization_barrier((scale / most, scale, zero_point))
+        relative, scale, zero_point = computed_once(self.never, (scale / most, scale, zero_point))
         rows: dict[range, jax.Array] = {}
         out = []
-        for part, (codes, weight) in enumerate(codec.split(block.data, self.spec.bits)):
+        for part, (codes, weight) in enumerate(self.codes(block)):
             groups = self.groups_of(part)
             if groups not in rows:
                 rows[groups] = digits.of_fraction(weights[:, :, None] * relative[:, :, groups.start : groups.stop, None])
@@ -166,8 +201,7 @@ class TokenGroups(_Coded):
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]:
         parts, sums = total
         zero_point, scale = (jnp.repeat(x, self.group, axis=-1) for x in jnp.split(sums[..., 1:], 2, axis=-1))
-        lacking = jnp.where(jnp.arange(self.head_dim) >= self.head_dim - self.words, scale * self.middle, 0)
-        return self.restored(jnp.concatenate(parts, axis=-1) + zero_point + lacking, sums[..., 0]), sums[..., 0]
+        return jnp.concatenate(parts, axis=-1) + zero_point + self.lacking(scale), sums[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,18 +214,17 @@ class ChannelGroups(_Coded):
         return x.reshape(*x.shape[:2], -1, self.spec.group_size, x.shape[-1])
 
     def query(self, query: jax.Array) -> Any:
-        return self.rotated(query), self.mean_score(query)
+        return query
 
     def scores(self, operand: Any, block: Tokens) -> jax.Array:
-        query, mean_score = operand
         scale, zero_point = _scales(self.spec, block)
-        scaled = query[:, :, None] * scale[:, :, :, None]  # [B, K, S // g, R, H]
+        scaled = operand[:, :, None] * scale[:, :, :, None]  # [B, K, S // g, R, H]
         fixed, unit = digits.of_signed(scaled)
-        score = self.parts(scaled)[-1].sum(-1, keepdims=True) * self.middle
-        score = score + jnp.moveaxis(_dot(query, zero_point, -1), -1, -2)[..., None]
-        for part, (codes, weight) in zip(self.parts(fixed), codec.split(block.data, self.spec.bits), strict=True):
+        score = self.lacking(scaled).sum(-1, keepdims=True)
+        score = score + jnp.moveaxis(_dot(operand, zero_point, -1), -1, -2)[..., None]
+        for part, (codes, weight) in zip(self.parts(fixed), self.codes(block), strict=True):
             score = score + digits.dot(part, self.by_group(codes), -1) * (unit * weight)
-        return jnp.moveaxis(score, -2, -3).reshape(*query.shape[:3], -1) + mean_score
+        return jnp.moveaxis(score, -2, -3).reshape(*operand.shape[:3], -1)
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
         return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
@@ -202,16 +235,14 @@ class ChannelGroups(_Coded):
         grouped = jnp.swapaxes(self.by_group(jnp.swapaxes(weights, -1, -2)), -1, -2)  # [B, K, S // g, R, g]
         fixed, totals = digits.of_fraction(grouped), jnp.swapaxes(grouped.sum(-1), -1, -2)
         out = []
-        words = zip(self.parts(scale), codec.split(block.data, self.spec.bits), strict=True)
-        for part_scale, (codes, weight) in words:
+        for part_scale, (codes, weight) in zip(self.parts(scale), self.codes(block), strict=True):
             summed = digits.dot(fixed, self.by_group(codes), -2) * part_scale[:, :, :, None]
             out.append(summed.sum(2) * (digits.FRACTION_UNIT * weight))
-        lacking = jnp.where(jnp.arange(self.head_dim) >= self.head_dim - self.words, self.middle, 0.0)
-        out_all = jnp.concatenate(out, axis=-1) + _dot(totals, zero_point + scale * lacking, -2)
-        return out_all, totals.sum(-1, keepdims=True)
+        rest = _dot(totals, zero_point + self.lacking(scale), -2)
+        return jnp.concatenate(out, axis=-1) + rest, totals.sum(-1, keepdims=True)
 
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]:
-        return self.restored(total[0], total[1][..., 0]), total[1][..., 0]
+        return total[0], total[1][..., 0]
 
 
 def _scales(spec: QuantSpec, block: Tokens) -> tuple[jax.Array, jax.Array]:

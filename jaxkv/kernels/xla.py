@@ -15,13 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring, tokens
-from jaxkv.kernels.formats import reader
+from jaxkv.kernels.formats import computed_once, reader
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
 from jaxkv.tokens import Index
 
-BLOCK = 256
-"""Slots per block: 8 heads of 128 4-bit codes then unpack into a quarter of a 1 MiB L2."""
+TILE_BYTES, SCORES, MIN_BLOCK = 2**17, 2**13, 64
+"""A block has at most so many bytes of codes and so many scores, but at least so many slots.
+
+XLA:CPU splits an operation on more of them between its threads, which costs more in wake-ups and in caches than it gains: at 16k tokens a
+program that stays on one core takes 6 ms, one whose every operation uses two takes 8.
+"""
 
 Visible = Callable[[jax.Array], jax.Array]
 """positions [B, S] -> bool [B, T, S]: which tokens each query may look at."""
@@ -30,9 +34,7 @@ Adjust = Callable[[jax.Array, jax.Array], jax.Array]
 """(scores [B, K, G, T, S], positions [B, S]) -> scores."""
 
 
-def partial_attention(
-    part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index
-) -> Partial:
+def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index) -> Partial:
     """Attention of scaled queries over the tokens of one tier.
 
     Args:
@@ -45,28 +47,28 @@ def partial_attention(
       A Partial of shape [B, K, R], in the basis of the raw tokens.
     """
     spec, tier = part.spec, part.tier
-    size = _block_size(spec.capacity, spec.group)
-    key = reader(spec.key, query.shape[-1], tokens.mean_of(tier.keys, layer))
-    value = reader(spec.value, query.shape[-1], tokens.mean_of(tier.values, layer))
+    size = _block_size(part, query)
+    never = part.high[0] < 0  # which the compiler cannot know
+    keys, values = tokens.flattened(tier.keys), tokens.flattened(tier.values)
+    key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
     operand = key.query(query)
 
     def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         top, total = carry
-        # The last block of a ring that is no multiple of BLOCK starts early; slots that were seen before are masked.
+        # The last block of a ring that is no multiple of the block starts early; slots that were seen before are masked.
         start = jnp.minimum(index * size, spec.capacity - size)
         slot = start + jnp.arange(size, dtype=jnp.int32)[None]
         position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
-        # Without the barrier the masks' integer divisions are computed again for every score (20 times the cost of the exp).
-        valid, seen = lax.optimization_barrier((valid, visible(own) & valid[:, None]))
-        scores = key.scores(operand, tokens.block(tier.keys, spec.key, start, size, layer))
+        seen = visible(own) & valid[:, None]
+        scores = key.scores(operand, tokens.block(keys, spec.key, start, size, spec.capacity, layer))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own)
-        scores = jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
+        scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
         weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)[..., None]
-        more = value.weigh(weights, tokens.block(tier.values, spec.value, start, size, layer), valid)
+        more = value.weigh(weights, tokens.block(values, spec.value, start, size, spec.capacity, layer), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
@@ -80,8 +82,12 @@ def partial_attention(
     return Partial(out, carry[0], total)
 
 
-def _block_size(capacity: int, group: int) -> int:
-    return min(capacity, max(BLOCK // group, 1) * group)
+def _block_size(part: Segment, query: jax.Array) -> int:
+    """Slots per block, whole groups of tokens."""
+    rows, (*_, width) = query.size // query.shape[-1], part.tier.keys.data.shape
+    tile = query.shape[0] * query.shape[1] * width * part.tier.keys.data.dtype.itemsize
+    size = max(MIN_BLOCK, min(TILE_BYTES // tile, SCORES // rows))
+    return min(part.spec.capacity, max(size // part.spec.group, 1) * part.spec.group)
 
 
 def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -57,7 +57,8 @@ def check_query(query: Any, heads: int, head_dim: int) -> Any:
     whole = query.size % head_dim == 0 if query.ndim == 1 else query.shape[-1:] == (head_dim,)
     if not whole or not query.size or rows % heads:
         raise KvCacheError(
-            f"{query.shape=}: must be [N * H], [N, H] or [T, N, H] with H = head_dim = {head_dim} and N a multiple of num_kv_heads = {heads}"
+            f"{query.shape=}: must be [N * H], [N, H] or [T, N, H] with H = head_dim = {head_dim} "
+            f"and N a multiple of num_kv_heads = {heads}"
         )
     return query
 

@@ -107,6 +107,11 @@ class BufferPool:
         self._lock = threading.RLock()
 
     @classmethod
+    def new(cls) -> BufferPool:
+        """The constructor, by the original's name."""
+        return cls()
+
+    @classmethod
     def with_capacity(cls, max_buffers_per_class: int) -> BufferPool:
         return cls(max_buffers_per_class)
 
@@ -118,9 +123,10 @@ class BufferPool:
         """
         with self._lock:
             free = self._free[size_class]
-            self._counts["hits" if free else "misses"] += 1
-            memory = free.pop() if free else None
-        return PooledBuffer(size_class, aligned_memory(size_class) if memory is None else memory, self)
+            outcome = "hits" if free else "misses"
+            memory = free.pop() if free else aligned_memory(size_class)
+            self._counts[outcome] += 1
+        return PooledBuffer(size_class, memory, self)
 
     def acquire_for_size(self, size: int) -> PooledBuffer | None:
         """A buffer of at least `size` bytes; None above the largest class."""

@@ -27,7 +27,7 @@ def aligned_memory(size: int) -> NDArray[np.uint8]:
     except MemoryError as error:
         raise OutOfMemoryError(f"Failed to allocate buffer of {size} bytes") from error
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
+    return raw[start:][:size]  # in one slice, an empty one would start at the beginning
 
 
 class AlignedBuffer:
@@ -42,6 +42,11 @@ class AlignedBuffer:
             raise KvCacheError(f"{capacity=}: must not be negative")
         self._memory = aligned_memory(capacity * 4).view(np.float32)
         self._len = 0
+
+    @classmethod
+    def new(cls, capacity: int) -> AlignedBuffer:
+        """The constructor, by the original's name."""
+        return cls(capacity)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -91,11 +96,17 @@ class AlignedBuffer:
     def __len__(self) -> int:
         return self._len
 
-    def __copy__(self) -> AlignedBuffer:
-        """A buffer of the same capacity with the same numbers."""
+    def clone(self) -> AlignedBuffer:
+        """A buffer of the same capacity with the same numbers, aligned as well; `copy.copy` and `copy.deepcopy` give it too."""
         other = AlignedBuffer(self.capacity())
         other.extend_from_slice(self.as_slice())
         return other
+
+    def __copy__(self) -> AlignedBuffer:
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlignedBuffer:
+        return self.clone()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +134,11 @@ class KvMemoryPool:
         self._values: list[AlignedBuffer] = []
         self._lent: weakref.WeakSet[AlignedBuffer] = weakref.WeakSet()
         self._lock = threading.Lock()
+
+    @classmethod
+    def new(cls, block_size: int, max_blocks: int) -> KvMemoryPool:
+        """The constructor, by the original's name."""
+        return cls(block_size, max_blocks)
 
     def get_key_buffer(self, capacity: int | None = None) -> AlignedBuffer:
         """An empty buffer: one at rest, else a new one of as many blocks as `capacity` floats (default one block) take."""

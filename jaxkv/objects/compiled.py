@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxkv import ring, update
 from jaxkv import state as reading
-from jaxkv import update
 from jaxkv.attend import attend as attend_to
-from jaxkv.config import KvCacheConfig
-from jaxkv.state import CacheState
+from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.migration import ALIGN_TOKENS
+from jaxkv.state import CacheState, Tier
+from jaxkv.tokens import Tokens, new_mirror
 
 
 def _append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None) -> CacheState:
@@ -65,8 +67,31 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     moved = reading.init(config)
     if sinks:
         moved = update.append(moved, keys[:, :sinks], values[:, :sinks], jnp.minimum(state.end, sinks))
-    # An empty chain that starts where the old one does: what is appended to it keeps its positions.
-    kept = jnp.broadcast_to(state.begin[:, None], moved.kept.shape)
-    moved = dataclasses.replace(moved, end=jnp.minimum(state.end, state.begin), kept=kept)
-    held = (positions[:, sinks:] >= 0).sum(axis=-1)
-    return update.append(moved, keys[:, sinks:], values[:, sinks:], held)
+    # The chain starts where the old one does, so that positions stay; in front of a group of tokens that is cut there, copies of its
+    # first token held stand for those evicted, which the group's scale would otherwise have to span as zeros.
+    first = ring.round_down(config, state.begin)
+    missing = state.begin - first
+    kept = jnp.broadcast_to(first[:, None], moved.kept.shape)
+    moved = dataclasses.replace(moved, end=jnp.minimum(state.end, first), kept=kept)
+    held = (positions[:, sinks:] >= 0).sum(axis=-1, dtype=jnp.int32)
+    source = sinks + jnp.maximum(jnp.arange(state.config.room + config.step - 1) - missing[:, None], 0)
+    source = jnp.minimum(source, keys.shape[1] - 1)[..., None, None]
+    keys, values = (jnp.take_along_axis(x, source, axis=1) for x in (keys, values))
+    tiers = tuple(_aligned(tier, spec, keys, values) for tier, spec in zip(moved.tiers, config.chain, strict=True))
+    moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
+    kept = moved.kept.at[:, -1].max(state.begin)
+    return dataclasses.replace(moved, kept=kept)
+
+
+def _aligned(tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array) -> Tier:
+    """An empty tier that has learned its mirrors, if any, from the oldest of tokens [1, P, K, H].
+
+    An append learns them from a row's first positions only, which are gone where the oldest tokens have been evicted.
+    """
+
+    def half(held: Tokens, fmt: Format, x: jax.Array) -> Tokens:
+        if held.mirror is None:
+            return held
+        return dataclasses.replace(held, mirror=new_mirror(held, fmt, x[:, :ALIGN_TOKENS], jnp.ones(1, bool), None))
+
+    return Tier(half(tier.keys, spec.key, keys), half(tier.values, spec.value, values))

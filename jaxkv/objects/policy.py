@@ -10,7 +10,7 @@ from jaxkv.config import KvCacheConfig, Precision
 from jaxkv.state import bytes_per_token
 
 
-class CacheTier(str, enum.Enum):
+class CacheTier(enum.StrEnum):
     """The tiers of the chain, newest tokens first. Sinks are held besides."""
 
     HOT = "hot"

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxkv.config import KvCacheConfig
 from jaxkv.objects.arrays import Form, check_pair
 from jaxkv.objects.buffer_pool import BufferPool, BufferPoolStats, PooledBuffer
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
+
+
+class Sizes(Protocol):
+    """What a pooled cache has to know: a `KvCacheConfig`, or anything else with these three, for heads that no tier would take."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
 
 
 class PooledKvBlock:
@@ -93,7 +105,7 @@ class PooledKvCache:
     Of the configuration only `max_tokens`, `num_kv_heads` and `head_dim` are used. Safe to use from many threads.
     """
 
-    def __init__(self, config: KvCacheConfig, pool: BufferPool, tokens_per_block: int) -> None:
+    def __init__(self, config: Sizes, pool: BufferPool, tokens_per_block: int) -> None:
         if tokens_per_block < 1:
             raise KvCacheError(f"{tokens_per_block=}: must be at least 1")
         self.config = config
@@ -103,12 +115,12 @@ class PooledKvCache:
         self._lock = threading.Lock()
 
     @classmethod
-    def new(cls, config: KvCacheConfig, pool: BufferPool, tokens_per_block: int) -> PooledKvCache:
+    def new(cls, config: Sizes, pool: BufferPool, tokens_per_block: int) -> PooledKvCache:
         """The constructor, by the original's name."""
         return cls(config, pool, tokens_per_block)
 
     @classmethod
-    def with_new_pool(cls, config: KvCacheConfig, tokens_per_block: int) -> PooledKvCache:
+    def with_new_pool(cls, config: Sizes, tokens_per_block: int) -> PooledKvCache:
         """A cache with a pool of its own."""
         return cls(config, BufferPool(), tokens_per_block)
 

@@ -39,9 +39,10 @@ def from_dict(kind: type[T], data: Any) -> T:
     Raises:
       KvCacheError: an unknown key, a missing field without a default, or a value of the wrong type.
     """
-    if kind is CacheQuantization:
-        if not isinstance(data, dict) or len(data) != 1 or not data.keys() <= _POLICIES.keys():
-            raise KvCacheError(f"{data!r}: a policy is a dictionary with one key, of {sorted(_POLICIES)}")
+    if issubclass(kind, CacheQuantization):
+        known = sorted(name for name, policy in _POLICIES.items() if issubclass(policy, kind))
+        if not isinstance(data, dict) or len(data) != 1 or not data.keys() <= set(known):
+            raise KvCacheError(f"{data!r}: a policy is a dictionary with one key, of {known}")
         [(name, fields)] = data.items()
         return typing.cast(T, _fields(_POLICIES[name], fields))
     return typing.cast(T, _read(kind, data, kind.__name__))
@@ -63,16 +64,16 @@ def _fields(kind: type[Any], data: Any) -> Any:
 def _read(hint: Any, value: Any, where: str) -> Any:
     """A value of the type `hint`, found at `where`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options or hint is Any:
+    if (value is None and type(None) in options) or hint is Any:
         return value
     kind = options[0]
     if typing.get_origin(kind) is tuple:
         return tuple(_read(typing.get_args(kind)[0], item, where) for item in value)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _fields(kind, value)
     if issubclass(kind, enum.Enum):
         try:
-            return kind(str(value).lower())  # the original writes FP16 and Hot
+            return kind(value.lower() if isinstance(value, str) else value)  # the original writes FP16 and Hot
         except ValueError:
             raise KvCacheError(f"{where}={value!r}: must be one of {[member.value for member in kind]}") from None
     accepted = (int, float) if kind is float else (kind,)

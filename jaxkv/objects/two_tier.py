@@ -79,7 +79,11 @@ class TwoTierKvCache:
                 is_first_of_many = index == 0 and len(keys) > 1
                 state = (compiled.append_to_copy if is_first_of_many else compiled.append)(state, *pair, lengths)
         except (ValueError, JaxRuntimeError) as error:
-            raise self._failed(error) from error
+            message = str(error)
+            if self._state.end.is_deleted():
+                self._state = init(self._state.config)
+                message = f"the device failed with the cache's only copy in hand; the cache is empty now: {message}"
+            raise _translated(message) from error
         return state
 
     def attend(self, query: Any, scale: float | None = None, *, decay: ArrayLike | None = None) -> Any:
@@ -94,22 +98,21 @@ class TwoTierKvCache:
           Like `query`, in its dtype. An empty cache gives zeros.
 
         Raises:
-          KvCacheError: a query or decay of the wrong shape or dtype.
+          KvCacheError: a query, scale or decay of the wrong shape or dtype.
         """
         query = check_query(query, self.config.num_kv_heads, self.config.head_dim)
         is_jax, size = isinstance(query, jax.Array), query.shape[0] if query.ndim == 3 else 1
         lengths = None if size == 1 else np.array([size], np.int32)
         given = fill(query, bucket(size)) if size != bucket(size) else query if is_jax else query.astype(np.float32)
-        if decay is not None and not isinstance(decay, jax.Array):
-            decay = np.asarray(decay, np.float32)
         try:
+            numbers = [x if x is None or isinstance(x, jax.Array) else np.array(x, np.float32) for x in (scale, decay)]
             with self._lock:
-                out = compiled.attend(self._state, given, scale, decay, lengths)
-        except (ValueError, JaxRuntimeError) as error:
-            raise self._failed(error) from error
-        if is_jax:
+                out = compiled.attend(self._state, given, *numbers, lengths)
+            if not is_jax:
+                return np.asarray(out)[: len(query)].astype(query.dtype)
             return out if size == bucket(size) else cut(out, size)
-        return np.asarray(out)[: len(query)].astype(query.dtype)
+        except (TypeError, ValueError, JaxRuntimeError) as error:
+            raise _translated(str(error)) from error
 
     def get_all_kv(self) -> tuple[Any, Any]:
         """All keys and values held, dequantized, oldest first (sinks before all), in the form of the last append (flat NumPy before it)."""
@@ -187,8 +190,8 @@ class TwoTierKvCache:
     def policy(self) -> CacheQuantization:
         """The policy in force."""
         with self._lock:
-            is_store = isinstance(self._policy, QuantizedStore)
-            return self._policy.achieved_by(self._state.config) if is_store else self._policy
+            policy, config = self._policy, self._state.config
+        return policy.achieved_by(config) if isinstance(policy, QuantizedStore) else policy
 
     def update_policy(self, policy: CacheQuantization) -> None:
         """Moves the tokens held into the tiers of another policy, at their positions; of more than fit, the newest.
@@ -205,14 +208,11 @@ class TwoTierKvCache:
                 config = policy.applied_to(self.config)
                 if config != self._state.config:
                     self._state = compiled.move(self._state, config)
-            except (ValueError, JaxRuntimeError) as error:
-                raise self._failed(error) from error
+            except (TypeError, ValueError, JaxRuntimeError) as error:
+                raise _translated(str(error)) from error
             self._policy = policy
 
-    def _failed(self, error: Exception) -> Exception:
-        """What to raise for an error of the pure functions or of the device."""
-        message = str(error)
-        if self._state.end.is_deleted():
-            self._state = init(self._state.config)
-            message = f"the device failed with the cache's only copy in hand; the cache is empty now: {message}"
-        return OutOfMemoryError(message) if "RESOURCE_EXHAUSTED" in message else KvCacheError(message)
+
+def _translated(message: str) -> Exception:
+    """What to raise for an error of the pure functions or of the device."""
+    return OutOfMemoryError(message) if "RESOURCE_EXHAUSTED" in message else KvCacheError(message)
