@@ -1,0 +1,107 @@
+"""Writes README's measured tables from the results and the presets: what stands between `<!-- name -->` and `<!-- /name -->`.
+
+    python examples/benchmarks/readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jaxkv
+from jaxkv.state import bytes_per_token
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "examples" / "benchmarks" / "results"
+SMALL = {"max_tokens": 4096, "num_kv_heads": 8, "head_dim": 128}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def presets() -> str:
+    """Every preset with the size of a token in its store."""
+    rows = []
+    for name, (_, text) in jaxkv.PRESETS.items():
+        config = jaxkv.preset(name, **SMALL)
+        bits = 8 * bytes_per_token(config, config.chain[-1]) / (2 * config.num_kv_heads * config.head_dim)
+        rows.append([f"`{name}`", f"{bits:.3g}", text])
+    return table(["preset", "bits/element, 128 a head", "when"], rows)
+
+
+def quality(found: dict[str, Any]) -> str:
+    """The sweep beside llama.cpp's cache types."""
+    rows = [
+        [
+            name,
+            f"{row['bits_per_element']:.2f}",
+            f"{row['perplexity_increase_percent']:+.2f} %",
+            f"{row['kl']:.5f}",
+            f"{row['top1']:.4f}",
+            f"{row['tokens']:,}",
+        ]
+        for name, row in (found["sweep"] | found.get("llama_cpp", {})).items()
+    ]
+    head = ["cache", "bits/element", "perplexity", "KL", "top-1", "tokens scored"]
+    intro = f"{found['model'].removesuffix('.gguf')}, newest {found['tail']} tokens in fp16, against the fp32 cache on the same tokens "
+    return f"{intro}(`{found['command']}`; {found['device']}, jax {found['jax']}):\n\n{table(head, rows)}"
+
+
+def speed(found: dict[str, Any]) -> str:
+    """Decode attention at the longest length that all systems were asked for, and what does not grow."""
+    columns = {name: lengths[length] for name, lengths in found["attention_ms"].items() for length in lengths if length in ("16384", "8192")}
+    names = next(iter(columns.values()))
+    rows = [[name, *(cell(times, name) for times in columns.values())] for name in names]
+    (small, large), (appends_small, appends_large) = (list(found["capacity_ms"][what].values()) for what in ("attend", "append"))
+    long = found["attention_ms"]["GQA 32/8/128"]["65536"]
+    return "\n\n".join(
+        [
+            f"Milliseconds for the attention of one decoded token over 16,384 tokens (the 8 ragged rows: 2,048 to 8,192), query heads / kv heads / "
+            f"head dim as given; in brackets the ratio to torch's fastest bfloat16 attention in the same run. {found['device']}, "
+            f"{found['threads']} threads, jax {found['jax']} (`{found['command']}`):",
+            table(["", *columns], rows),
+            f"At 65,536 tokens: Q4 {long['jaxkv Q4']:.1f} ms, Q8 {long['jaxkv Q8']:.1f} ms, torch bf16 {long['torch bf16']:.1f} ms. "
+            f"With 1,024 tokens held, a cache for 65,536 takes {large / small:.2f} times as long as one for 1,024; an append of one token "
+            f"{appends_large / appends_small:.2f} times ({appends_large:.2f} ms). Attention's temporaries at 65,536 tokens: at most "
+            f"{max(found['temporaries_mb'].values()):.1f} MB.",
+            "![Time against context length](examples/benchmarks/results/cpu.png)",
+        ]
+    )
+
+
+def cell(times: dict[str, float], name: str) -> str:
+    return f"{times[name]:.2f} ({times[name] / times['torch bf16']:.2f})" if name in times else ""
+
+
+def sections() -> dict[str, str]:
+    found = {"presets": presets()}
+    for name, write, file in (("quality", quality, "quality.json"), ("speed", speed, "cpu.json")):
+        if (RESULTS / file).exists():
+            found[name] = write(json.loads((RESULTS / file).read_text()))
+    return found
+
+
+def filled(readme: str) -> str:
+    for name, text in sections().items():
+        readme = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is out of date")
+    check, path = parser.parse_args().check, ROOT / "README.md"
+    old = path.read_text()
+    if check and filled(old) != old:
+        sys.exit("README.md is out of date: python examples/benchmarks/readme.py")
+    path.write_text(filled(old))
+
+
+if __name__ == "__main__":
+    main()
