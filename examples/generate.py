@@ -28,7 +28,7 @@ import jaxkv
 BLOCK = 16  # tokens that one call decodes, and so are printed at once
 PREFILL_CHUNK = 512  # prompt tokens that one call takes in
 PRECISIONS = [precision.value for precision in jaxkv.Precision]
-FLAGS = {"symmetric", "rotate", "center"}
+FLAGS = {"symmetric", "rotate", "align", "center"}
 
 Decode = Callable[..., tuple[jaxkv.CacheState, jax.Array]]
 
@@ -42,7 +42,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warm-precision", choices=PRECISIONS, default="q8")
     group.add_argument("--sinks", type=int, default=0, metavar="N", help="first tokens, never quantized")
     group.add_argument("--migration", choices=[mode.value for mode in jaxkv.Migration], default="eager")
-    recipe = "recipe of the store: bits, group size, then any of channel, symmetric, rotate, center"
+    recipe = "recipe of the store: bits, group size, then any of channel, symmetric, rotate, align, center"
     group.add_argument("--keys", type=quant_spec, metavar="4,64,rotate", help=recipe)
     group.add_argument("--values", type=quant_spec, metavar="4,32", help="the same for values")
 

@@ -1,16 +1,10 @@
-"""The verbs other than append, one by one and in random sequences, against the NumPy twin."""
+"""The verbs other than append, one by one, against the NumPy twin."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import chex
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import numpy as np
-import pytest
 from cases import (
     CASES,
     REWINDS,
@@ -31,7 +25,6 @@ from laws import (
     held,
     over,
     poisoned,
-    prefill,
     rewind,
     run,
     start,
@@ -42,7 +35,6 @@ from laws import (
 
 import jaxkv
 from jaxkv import CacheState, Status, reference
-from jaxkv.reference import ReferenceState
 
 
 @over(CASES)
@@ -210,91 +202,3 @@ def test_refused_rows_stay_as_they_were(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(again.status, [bit, 0, 0])
         np.testing.assert_array_equal(take_rows(again, np.array([2, 0])).status, [0, bit])
         assert not clear(again).status.any()
-
-
-# Random sequences of verbs.
-
-
-@dataclasses.dataclass
-class Pair:
-    """A state and its twin, changed together."""
-
-    case: Case
-    state: CacheState
-    twin: ReferenceState
-    refused: Array
-
-    def append(self, size: int, lengths: Array, rng: np.random.Generator) -> None:
-        keys, values = random_tokens(rng, self.case, size)
-        self.state = append(self.state, keys, values, lengths)
-        self.twin = reference.append(self.twin, keys, values, lengths)
-        assert_attends(self.state, random_query(rng, self.case), lengths)
-
-    def prefill(self, size: int, lengths: Array, rng: np.random.Generator) -> None:
-        keys, values = random_tokens(rng, self.case, size)
-        self.state, out = prefill(self.state, random_query(rng, self.case, size), keys, values, lengths)
-        self.twin = reference.append(self.twin, keys, values, lengths)
-        assert np.isfinite(out).all()
-
-    def drop(self, ours: Callable[..., CacheState], theirs: Callable[..., ReferenceState], counts: Array) -> None:
-        """evict or rewind; a row whose count the twin refuses is to stay as it was."""
-        self.state = ours(self.state, counts.astype(np.int32))
-        for b, count in enumerate(counts):
-            try:
-                theirs(reference.take_rows(self.twin, [b]), count)
-            except ValueError:
-                self.refused[b], counts[b] = True, 0
-        self.twin = theirs(self.twin, counts)
-
-    def take_rows(self, rows: Array) -> None:
-        self.state, self.twin = take_rows(self.state, rows), reference.take_rows(self.twin, list(rows))
-        self.refused = self.refused[rows]
-
-    def clear(self) -> None:
-        self.state, self.twin = clear(self.state), reference.clear(self.twin)
-        self.refused[:] = False
-
-    def check(self) -> None:
-        np.testing.assert_array_equal(np.asarray(self.state.status) != 0, self.refused)
-        assert_like_reference(self.state, self.twin)
-
-
-RANDOM = [
-    "fp16_q4",
-    "fp32_q4_batched_sinks",
-    "fp32_q8_q4",
-    "fp32_q8_channel",
-    "rewind_fp32_q8_q2_sinks",
-    "rewind_channel",
-    "q2_symmetric_sinks",
-]
-
-
-@pytest.mark.slow
-@over({name: CASES[name] for name in RANDOM})
-@hypothesis.settings(max_examples=15)
-@hypothesis.given(data=st.data())
-def test_random_verbs(case: Case, data: st.DataObject) -> None:
-    """Any sequence of verbs leaves the state as the NumPy twin has it, and attends exactly to what it holds."""
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
-    pair = Pair(case, start(case), reference.init(case.config, 3), np.zeros(3, bool))
-
-    def numbers(most: int) -> Array:
-        return np.array(data.draw(st.lists(st.integers(0, most), min_size=3, max_size=3), "numbers"))
-
-    for _ in range(data.draw(st.integers(1, 20), "length")):
-        verb = data.draw(st.sampled_from(["append"] * 4 + ["append5"] * 3 + ["prefill", "evict", "rewind", "rewind"] + ["rare"]))
-        if verb == "append":
-            pair.append(1, numbers(1), rng)
-        elif verb == "append5":
-            pair.append(5, numbers(5), rng)
-        elif verb == "prefill":
-            pair.prefill(5, numbers(5), rng)
-        elif verb == "evict":
-            pair.drop(evict, reference.evict, numbers(data.draw(st.sampled_from([2, 9]))))
-        elif verb == "rewind":
-            pair.drop(rewind, reference.rewind, numbers(data.draw(st.sampled_from([3, 9]))))
-        elif data.draw(st.booleans(), "clear"):
-            pair.clear()
-        else:
-            pair.take_rows(numbers(2))

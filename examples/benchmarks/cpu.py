@@ -113,6 +113,20 @@ def capacity(held: int, small: int, large: int) -> dict[str, dict[str, float]]:
     return found | {"append": medians({str(size): lambda size=size: step(size) for size in states})}
 
 
+def migrations(length: int, steps: int = 256) -> dict[str, dict[str, float]]:
+    """An append of one token in both modes of migration: its mean over many, and the slowest of them."""
+    new, found = jax.random.normal(jax.random.key(1), (1, 1, 8, 128)), {}
+    append = jax.jit(jaxkv.append, donate_argnums=0)
+    for mode in jaxkv.Migration:
+        state, times = filled(KvCacheConfig(max_tokens=length, migration=mode), np.full(1, length)), []
+        for _ in range(steps + 8):
+            start = time.perf_counter()
+            state = jax.block_until_ready(append(state, new, new))
+            times.append((time.perf_counter() - start) * 1e3)
+        found[str(mode)] = {"mean": statistics.fmean(times[8:]), "median": statistics.median(times[8:]), "slowest": max(times[8:])}
+    return found
+
+
 def temporaries(length: int) -> dict[str, float]:
     """Megabytes that a compiled attention needs besides its arguments and its result."""
     found = {}
@@ -129,6 +143,7 @@ def run(quick: bool, ggml: str | None) -> dict[str, Any]:
     for shape, length in tqdm(sizes, "attention"):
         found["attention_ms"].setdefault(shape, {})[str(length)] = attention(shape, length, ggml)
     found["capacity_ms"] = capacity(1024, *((1024, 2048) if quick else (1024, 65536)))
+    found["append_ms"] = migrations(1024 if quick else 16384)
     found["temporaries_mb"] = temporaries(1024 if quick else 65536)
     return found
 
@@ -144,6 +159,8 @@ def show(found: dict[str, Any]) -> None:
     for name, times in found["capacity_ms"].items():
         small, large = times.values()
         print(f"{name} of a cache for {' / '.join(times)} tokens: {small:.3f} / {large:.3f} ms, ratio {large / small:.2f}")
+    for mode, times in found["append_ms"].items():
+        print(f"append of one token, {mode}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()))
     print("temporaries, MB:", {name: round(value, 2) for name, value in found["temporaries_mb"].items()})
 
 
