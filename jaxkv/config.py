@@ -217,8 +217,9 @@ class KvCacheConfig:
         # a rewind moves the boundary above it by whole arrivals.
         arrival = 1 if is_first else self.step
         rewound = -(-self.rewind_length // arrival) * arrival
-        # The last tier learns its basis when its ring holds nothing; one slot more, so that no rewind that is exact leaves it so.
-        spare = self.rewind_length + (self.rewind_length > 0) if is_last else self.step - 1 + max(arrival, rewound)
+        # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no exact rewind leaves it so.
+        learns = self.rewind_length > 0 and any(isinstance(fmt, QuantSpec) and fmt.align for fmt in (key, value))
+        spare = self.rewind_length + learns if is_last else self.step - 1 + max(arrival, rewound)
         group = max(channel_group(key), channel_group(value))
         return -(-(length + spare) // group) * group
 

@@ -234,7 +234,8 @@ def evict(state: ReferenceState, count: ArrayLike) -> ReferenceState:
     for row, number in zip(state.rows, _per_row(state, count), strict=True):
         begin = _starts(state.config, row)[-1]
         _check_count(number, most=max(0, row.end - begin))
-        row.kept[-1] = max(row.kept[-1], begin + number)
+        if number:
+            row.kept[-1] = max(row.kept[-1], begin + number)
     return state
 
 
