@@ -103,7 +103,7 @@ def test_attend_is_exact_on_what_is_held(case: Case, rng: np.random.Generator) -
 def test_attend_block_by_block(case: Case, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a tier is read in several blocks, also where the last one is not full."""
     monkeypatch.setattr(xla, "TILE_BYTES", 1)
-    monkeypatch.setattr(xla, "MIN_BLOCK", 5 if all(tier.group == 1 for tier in case.config.chain) else 8)
+    monkeypatch.setattr(xla, "SLOTS", (5 if all(tier.group == 1 for tier in case.config.chain) else 8, 1))
     query, blockwise = random_query(rng, case), jax.jit(lambda state, query: jaxkv.attend(state, query))
     for state in (*run(case).states[:4], run(case).states[-1]):
         expected, bound = exact_attention(state, query)

@@ -20,8 +20,8 @@ from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
 from jaxkv.tokens import Index
 
-TILE_BYTES, SCORES, MIN_BLOCK = 2**17, 2**13, 64
-"""A block has at most so many bytes of codes and so many scores, but at least so many slots.
+TILE_BYTES, SCORES, SLOTS = 2**17, 2**13, (64, 256)
+"""A block has at most so many bytes of codes and so many scores; fewer slots are not worth a block's fixed cost (the second: for scores).
 
 XLA:CPU splits an operation on more of them between its threads, which costs more in wake-ups and in caches than it gains: at 16k tokens a
 program that stays on one core takes 6 ms, one whose every operation uses two takes 8.
@@ -86,7 +86,7 @@ def _block_size(part: Segment, query: jax.Array) -> int:
     """Slots per block, whole groups of tokens."""
     rows, (*_, width) = query.size // query.shape[-1], part.tier.keys.data.shape
     tile = query.shape[0] * query.shape[1] * width * part.tier.keys.data.dtype.itemsize
-    size = max(MIN_BLOCK, min(TILE_BYTES // tile, SCORES // rows))
+    size = max(SLOTS[0], min(TILE_BYTES // tile, max(SLOTS[1], SCORES // rows)))
     return min(part.spec.capacity, max(size // part.spec.group, 1) * part.spec.group)
 
 
