@@ -77,6 +77,10 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+class ComputePlan(ctypes.Structure):
+    _fields_ = (("work_size", ctypes.c_size_t), ("work_data", ctypes.c_void_p), ("rest", ctypes.c_char * 96))
+
+
 def with_ggml(folder: pathlib.Path, batch: int, heads: int, kv_heads: int, head_dim: int, length: int, threads: int) -> dict[str, Call]:
     """ggml's flash attention over its own cache types; llama.cpp runs this in every layer."""
     if batch * length > LONGEST:
@@ -90,17 +94,21 @@ def with_ggml(folder: pathlib.Path, batch: int, heads: int, kv_heads: int, head_
     base.ggml_build_forward_expand.argtypes = [pointer, pointer]
     base.ggml_nbytes.argtypes, base.ggml_nbytes.restype = [pointer], ctypes.c_size_t
     base.ggml_get_data.argtypes, base.ggml_get_data.restype = [pointer], pointer
-    cpu.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, ctypes.c_int]
+    cpu.ggml_graph_plan.argtypes, cpu.ggml_graph_plan.restype = [pointer, ctypes.c_int, pointer], ComputePlan
+    cpu.ggml_graph_compute.argtypes = [pointer, ctypes.POINTER(ComputePlan)]
     cpu.ggml_cpu_init()
 
     def call(kind: int) -> Call:
-        context = base.ggml_init(InitParams(5 * batch * kv_heads * length * head_dim + 2**28, None, False))
+        context = base.ggml_init(InitParams(5 * batch * kv_heads * length * head_dim + 2**26, None, False))
         query = base.ggml_new_tensor_4d(context, 0, head_dim, 1, heads, batch)
         keys, values = (base.ggml_new_tensor_4d(context, kind, head_dim, length, kv_heads, batch) for _ in range(2))
         for tensor in (query, keys, values):
             ctypes.memset(base.ggml_get_data(tensor), 17, base.ggml_nbytes(tensor))  # small finite numbers in every type
         graph = base.ggml_new_graph(context)
         base.ggml_build_forward_expand(graph, base.ggml_flash_attn_ext(context, query, keys, values, None, head_dim**-0.5, 0.0, 0.0))
-        return lambda: cpu.ggml_graph_compute_with_ctx(context, graph, threads)
+        plan = cpu.ggml_graph_plan(graph, threads, None)
+        work = ctypes.create_string_buffer(plan.work_size + 64)
+        plan.work_data = ctypes.addressof(work)
+        return lambda _keep=work: cpu.ggml_graph_compute(graph, ctypes.byref(plan))
 
     return {f"llama.cpp {name}": call(kind) for name, kind in GGML_TYPES.items()}

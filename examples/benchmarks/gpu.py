@@ -205,8 +205,8 @@ def about() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("expected", "quick", "tune"):
-        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("--expected", "--quick", "--tune"):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no new size is begun")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()

@@ -54,6 +54,16 @@ def _laid_out(never: jax.Array, flat: list[jax.Array], width: int) -> list[jax.A
     return [x.reshape(*x.shape[:2], -1, width) for x in done]
 
 
+def _leading(x: jax.Array) -> jax.Array:
+    """The first 8 significant bits of a float32: what a bfloat16 holds."""
+
+    def masked(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -(2**16), jnp.float32)
+
+    # Of the two XLA:CPU splits the second between its threads; other platforms may lack the first.
+    return lax.platform_dependent(x, cpu=lambda x: lax.reduce_precision(x, 8, 7), default=masked)
+
+
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     """Float32 product over the last axis of a and axis `contract` of b, leading axes shared."""
     batch = tuple(range(a.ndim - 2))
@@ -99,7 +109,7 @@ class Terms(Floats):
     def query(self, query: jax.Array) -> jax.Array:
         terms = []
         for _ in range(3):
-            terms.append(lax.bitcast_convert_type(lax.bitcast_convert_type(query, jnp.int32) & -(2**16), jnp.float32))
+            terms.append(_leading(query))
             query = query - terms[-1]
         return jnp.concatenate(terms, axis=2).astype(jnp.bfloat16)
 

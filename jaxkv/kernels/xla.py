@@ -67,7 +67,8 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
         by_query = by_query if adjust is None else adjust(by_query, own)
         scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
-        weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)[..., None]
+        # Never above 1, also where a platform computes a score twice with other rounding: its digits would start again at 0.
+        weights, decay = jnp.exp(jnp.minimum(scores - new_top[..., None], 0)), jnp.exp(top - new_top)[..., None]
         more = value.weigh(weights, tokens.block(values, spec.value, start, size, spec.capacity, layer), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
