@@ -165,16 +165,19 @@ def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer
     The rows' own slots make this a scatter, which XLA does in place where a dynamic_update_slice that is read later costs two copies
     of the whole buffer (openxla/xla#20440).
     """
-
-    def put(old: jax.Array | None, new: jax.Array | None, place: tuple[Any, ...]) -> jax.Array | None:
-        return None if old is None or new is None else old.at[place].set(new, mode="drop")
-
     if isinstance(encoded, jax.Array):
         encoded = codec.Quantized(encoded, None, None)
-    data, place = put(tokens.data, encoded.codes, _data_place(slots, layer)), _scale_place(fmt, slots, layer)
-    assert data is not None
-    scales = {name: put(getattr(tokens, name), getattr(encoded, name), place) for name in _SCALES}
-    return dataclasses.replace(tokens, data=data, **scales)
+    scale_slots = _scale_slots(fmt, slots)
+
+    def put(old: jax.Array, new: jax.Array | None, at: jax.Array, is_scale: bool) -> jax.Array:
+        assert new is not None
+        if at.size == 1:  # XLA takes a scatter of one update for a dynamic_update_slice: one more, which is dropped
+            at, new = jnp.pad(at, ((0, 0), (0, 1)), constant_values=jnp.iinfo(jnp.int32).max), jnp.concatenate([new, new], axis=1)
+        return old.at[_scale_place(fmt, at, layer) if is_scale else _data_place(at, layer)].set(new, mode="drop")
+
+    held = {name: array for name in _SCALES if (array := getattr(tokens, name)) is not None}
+    scales = {name: put(array, getattr(encoded, name), scale_slots, True) for name, array in held.items()}
+    return dataclasses.replace(tokens, data=put(tokens.data, encoded.codes, slots, False), **scales)
 
 
 def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
@@ -182,7 +185,7 @@ def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Arr
     data = tokens.data[_data_place(slots, layer)]
     if tokens.scale is None:
         return floats(data)
-    place = _scale_place(fmt, slots, layer)
+    place = _scale_place(fmt, _scale_slots(fmt, slots), layer)
     arrays = [array if array is None else array[place] for array in (getattr(tokens, name) for name in _SCALES)]
     return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, *arrays))
 
@@ -192,10 +195,15 @@ def _data_place(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
     return *_leading(slots, layer), slice(None), slots
 
 
-def _scale_place(fmt: Format, slots: jax.Array, layer: Index) -> tuple[Any, ...]:
+def _scale_slots(fmt: Format, slots: jax.Array) -> jax.Array:
+    """The slots [B, n] of the scales of `slots` [B, T]: one for each channel group, or for each token."""
     group = channel_group(fmt)
-    if group > 1:
-        return _data_place(slots[:, ::group] // group, layer)
+    return slots[:, ::group] // group
+
+
+def _scale_place(fmt: Format, slots: jax.Array, layer: Index) -> tuple[Any, ...]:
+    if channel_group(fmt) > 1:
+        return _data_place(slots, layer)
     return *_leading(slots, layer), slice(None), slice(None), slots
 
 
@@ -205,8 +213,13 @@ def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
 
 
 def flattened(tokens: Tokens) -> Tokens:
-    """The tokens with `data` [..., K, S * W], as `block` takes them."""
-    return dataclasses.replace(tokens, data=tokens.data.reshape(*tokens.data.shape[:-2], -1))
+    """The tokens with `data` [..., B, K, S * W], as `block` takes them.
+
+    A single row of a stack of layers goes without its axis: XLA:CPU copies [L, 1, K, S, W] to flatten it.
+    """
+    *lead, slots, width = tokens.data.shape
+    lead = [lead[0], lead[2]] if len(lead) == 3 and lead[1] == 1 else lead
+    return dataclasses.replace(tokens, data=tokens.data.reshape(*lead, slots * width))
 
 
 def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, layer: Index) -> Tokens:
@@ -214,23 +227,21 @@ def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int,
 
     Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
     """
-    group = channel_group(fmt)
+    group, width = channel_group(fmt), flat.data.shape[-1] // capacity
 
     def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int) -> jax.Array | None:
         if array is None or layer is None:
             return array if array is None else lax.dynamic_slice_in_dim(array, begin, length, axis)
-        starts = [jnp.int32(layer)] + [jnp.int32(0)] * (array.ndim - 1)
-        starts[axis + 1] = begin
-        shape = [1, *array.shape[1:]]
-        shape[axis + 1] = length
+        starts, shape = [jnp.int32(layer)] + [jnp.int32(0)] * (array.ndim - 1), [1, *array.shape[1:]]
+        starts[axis], shape[axis] = begin, length
         return lax.dynamic_slice(array, starts, shape).squeeze(0)
 
-    width = flat.data.shape[-1] // capacity
-    data = cut(flat.data, 2, start * width, size * width)
+    data = cut(flat.data, -1, start * width, size * width)
     assert data is not None
-    axis = 3 if group == 1 else 2
+    data = data.reshape(-1, *data.shape[-2:])
     scale, zero_point, scale_unit, zero_unit = (
-        cut(array, axis, start // group, size // group) for array in (flat.scale, flat.zero_point, flat.scale_unit, flat.zero_unit)
+        cut(array, -1 if group == 1 else -2, start // group, size // group)
+        for array in (flat.scale, flat.zero_point, flat.scale_unit, flat.zero_unit)
     )
     if scale_unit is not None:
         scale, zero_point = codec.widened(scale, scale_unit), codec.widened(zero_point, zero_unit)

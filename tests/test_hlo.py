@@ -16,8 +16,8 @@ from jax import export, lax
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
 
-BATCH, HEADS, LAYERS = 2, 4, 3
-SLOTS = (1237, 4001)  # of the store; primes, so that no other array has an axis of this size
+HEADS, LAYERS = 4, 3
+SLOTS = (4001, 9001)  # of the store; primes, so that no other array has an axis of this size; more than one block
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "eager": {"migration": Migration.EAGER},
@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all_quantized": {"tail_length": 0, "store_precision": Precision.Q8},
     "bf16": {"tail_length": 0, "tail_precision": Precision.FP32, "warm_length": 90, "warm_precision": Precision.BF16},
     "channel": {"migration": Migration.BATCHED, "key_quant": channels(4, 32), "value_quant": QuantSpec(2, 32)},
+    "float": {"tail_length": 0, "store_precision": Precision.FP32},
 }
 
 
@@ -40,9 +41,9 @@ Step = Callable[..., tuple[Any, Any]]
 Program = tuple[Step, tuple[Any, ...]]  # a decode step and the shapes of its arguments, the cache first
 
 
-def new_shapes(*lead: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    key = jax.ShapeDtypeStruct((*lead, BATCH, 1, 2, 64), jnp.float32)
-    return key, key, jax.ShapeDtypeStruct((*lead, BATCH, 1, HEADS, 64), jnp.float32)
+def new_shapes(batch: int, *lead: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    key = jax.ShapeDtypeStruct((*lead, batch, 1, 2, 64), jnp.float32)
+    return key, key, jax.ShapeDtypeStruct((*lead, batch, 1, HEADS, 64), jnp.float32)
 
 
 def decode(state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any) -> tuple[CacheState, jax.Array]:
@@ -50,44 +51,44 @@ def decode(state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array
     return state, jaxkv.attend(state, query, **layer)
 
 
-def one_state(settings: KvCacheConfig) -> Program:
-    return decode, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH)), *new_shapes())
+def one_state(settings: KvCacheConfig, batch: int) -> Program:
+    return decode, (jax.eval_shape(lambda: jaxkv.init(settings, batch)), *new_shapes(batch))
 
 
-def list_of_layers(settings: KvCacheConfig) -> Program:
+def list_of_layers(settings: KvCacheConfig, batch: int) -> Program:
     def step(states: list[CacheState], *new: jax.Array) -> tuple[list[CacheState], list[jax.Array]]:
         layers = [decode(state, *(x[i] for x in new)) for i, state in enumerate(states)]
         return [state for state, _ in layers], [out for _, out in layers]
 
-    states = [jax.eval_shape(lambda: jaxkv.init(settings, BATCH)) for _ in range(LAYERS)]
-    return step, (states, *new_shapes(LAYERS))
+    states = [jax.eval_shape(lambda: jaxkv.init(settings, batch)) for _ in range(LAYERS)]
+    return step, (states, *new_shapes(batch, LAYERS))
 
 
-def scanned_stack(settings: KvCacheConfig) -> Program:
+def scanned_stack(settings: KvCacheConfig, batch: int) -> Program:
     def step(stack: CacheState, *new: jax.Array) -> tuple[CacheState, jax.Array]:
         def layer(stack: CacheState, xs: tuple[jax.Array, ...]) -> tuple[CacheState, jax.Array]:
             return decode(stack, *xs[1:], layer=xs[0])
 
         return lax.scan(layer, stack, (jnp.arange(LAYERS), *new))
 
-    return step, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH, num_layers=LAYERS)), *new_shapes(LAYERS))
+    return step, (jax.eval_shape(lambda: jaxkv.init(settings, batch, num_layers=LAYERS)), *new_shapes(batch, LAYERS))
 
 
-def loop_of_steps(settings: KvCacheConfig) -> Program:
+def loop_of_steps(settings: KvCacheConfig, batch: int) -> Program:
     """Several steps in one program, the state in the carry."""
 
     def steps(state: CacheState, *new: jax.Array) -> tuple[CacheState, jax.Array]:
         return lax.scan(lambda state, xs: decode(state, *xs), state, new)
 
-    return steps, (jax.eval_shape(lambda: jaxkv.init(settings, BATCH)), *new_shapes(5))
+    return steps, (jax.eval_shape(lambda: jaxkv.init(settings, batch)), *new_shapes(batch, 5))
 
 
 SHAPES = {f.__name__: f for f in (one_state, list_of_layers, scanned_stack, loop_of_steps)}
 
 
 @functools.cache
-def compiled(shape: str, name: str, slots: int, donate: bool = True) -> Any:
-    step, arguments = SHAPES[shape](config(name, slots))
+def compiled(shape: str, name: str, slots: int, donate: bool = True, batch: int = 2) -> Any:
+    step, arguments = SHAPES[shape](config(name, slots), batch)
     return jax.jit(step, donate_argnums=0 if donate else ()).lower(*arguments).compile()
 
 
@@ -127,21 +128,22 @@ def sized_like_the_cache(text: str, settings: KvCacheConfig) -> set[tuple[str, s
     return found
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decoding_copies_nothing_of_the_cache(shape: str, name: str) -> None:
+def test_decoding_copies_nothing_of_the_cache(shape: str, name: str, batch: int) -> None:
     """With the state donated, a step writes in place: no operation makes a second array of the cache's size."""
-    if shape != "one_state" and name not in ("eager", "batched"):
-        pytest.skip("the other configurations are looked at as one state")
-    program = compiled(shape, name, SLOTS[0])
+    if shape not in ("one_state", "scanned_stack") and name not in ("eager", "batched"):
+        pytest.skip("the other configurations are looked at as one state and as a stack")
+    program = compiled(shape, name, SLOTS[0], batch=batch)
     assert not sized_like_the_cache(program.as_text(), config(name, SLOTS[0]))
-    memory, state = program.memory_analysis(), SHAPES[shape](config(name, SLOTS[0]))[1][0]
+    memory, state = program.memory_analysis(), SHAPES[shape](config(name, SLOTS[0]), batch)[1][0]
     assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_temporaries_do_not_grow_with_the_cache(name: str) -> None:
-    """A step needs the same working memory for 1,237 and for 4,001 slots: attention goes block by block."""
+    """A step needs the same working memory for 4,001 and for 9,001 slots: attention goes block by block."""
     small, large = (compiled("one_state", name, slots).memory_analysis().temp_size_in_bytes for slots in SLOTS)
     assert large <= small * 1.01
 
@@ -172,7 +174,7 @@ def test_attention_stays_on_one_core(precision: str) -> None:
 def test_unpacked_stores_are_seen() -> None:
     """Dequantizing the whole store, as `gather` does, is seen by the census, too."""
     settings = config("eager", SLOTS[0])
-    text = jax.jit(jaxkv.gather).lower(jax.eval_shape(lambda: jaxkv.init(settings, BATCH))).compile().as_text()
+    text = jax.jit(jaxkv.gather).lower(jax.eval_shape(lambda: jaxkv.init(settings, 2))).compile().as_text()
     assert any("f32" in result for _, result in sized_like_the_cache(text, settings))
 
 
@@ -203,11 +205,11 @@ def test_exports_are_portable(case: Any, platform: str) -> None:
         state = jaxkv.take_rows(jaxkv.rewind(jaxkv.evict(jaxkv.append(state, new, new), rows), rows), rows)
         return state, out, jaxkv.attend(state, query), jaxkv.gather(state), jaxkv.stats(state), jaxkv.clear(state)
 
-    state = jax.eval_shape(lambda: jaxkv.init(case.config, BATCH))
+    state = jax.eval_shape(lambda: jaxkv.init(case.config, 2))
     new, query = (
-        jax.ShapeDtypeStruct((BATCH, 2, heads, case.config.head_dim), jnp.float32) for heads in (case.config.num_kv_heads, case.num_heads)
+        jax.ShapeDtypeStruct((2, 2, heads, case.config.head_dim), jnp.float32) for heads in (case.config.num_kv_heads, case.num_heads)
     )
-    rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
     text = str(export.export(jax.jit(every_verb), platforms=[platform])(state, new, query, rows).mlir_module())
     assert "custom_call" not in text
     operations = set(re.findall(r"\b(?:stablehlo|chlo|mhlo)\.([a-z_]+)\b(?= |\()", text)) | set(re.findall(r'"stablehlo\.(\w+)"', text))
