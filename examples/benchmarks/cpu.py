@@ -69,6 +69,8 @@ def filled(config: KvCacheConfig, held: np.ndarray) -> jaxkv.CacheState:
     rng, state = np.random.default_rng(0), jaxkv.init(config, len(held))
 
     def noise(a: jax.Array) -> jax.Array:
+        if a.dtype == jnp.int16:  # the bits of bfloat16
+            return jax.lax.bitcast_convert_type(jnp.asarray(rng.standard_normal(a.shape), jnp.bfloat16), a.dtype)
         if jnp.issubdtype(a.dtype, jnp.integer):
             return jnp.asarray(rng.integers(-100, 100, a.shape), a.dtype)
         return jnp.asarray(rng.uniform(0.01, 0.1, a.shape), a.dtype)

@@ -48,7 +48,7 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
     """
     spec, tier = part.spec, part.tier
     size = _block_size(part, query)
-    never = part.high[0] < 0  # which the compiler cannot know
+    never = part.high[0] == -1  # the compiler sees through `< 0` where positions are a maximum with 0
     keys, values = tokens.flattened(tier.keys), tokens.flattened(tier.values)
     key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
     operand = key.query(query)
