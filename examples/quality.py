@@ -1,7 +1,7 @@
 """What each cache costs in quality on SmolLM2-135M: a sweep over codecs, and four harder questions.
 
     python examples/quality.py --tokens 16384            # writes results/quality.json and .png; a rerun adds what is missing
-    python examples/quality.py --quick                   # a few caches on two short windows
+    python examples/quality.py --quick                   # a few caches on two short windows; fails if one has become worse
     python examples/quality.py --peers --python .venv/bin/python    # llama.cpp's KV types on the same windows, too
 
 The sweep scores windows of two texts, prose and technical, as perplexity.py does. The harder questions are in probes.py (a model with
@@ -37,7 +37,8 @@ RESULTS = pathlib.Path(__file__).parent / "benchmarks" / "results" / "quality.js
 SECTIONS = ("sweep", "bias", "greedy", "passkey")
 TAIL = 128
 PART = 4  # windows that are read at once, scored and saved
-QUICK = ("Q8", "Q4", "K4V2", "Q2")
+QUICK = {"Q8": (1e-4, 8.5), "Q4": (0.0035, 4.5), "K4V2": (0.012, 3.5), "Q2": (0.045, 2.5)}
+"""What --quick reads, with bounds a little above what was measured: KL and bits an element. Perplexity says less at 512 tokens."""
 CACHES_OF_BIAS = ("Q4", "K8V4", "Q4_PLAIN64", "K4C_V4")
 
 
@@ -232,9 +233,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = Results(args.out, header, args.fresh)
     measure(args, results)
     show(results.data.get("sweep", {}) | results.data.get("llama_cpp", {}))
-    if not args.quick:
+    if args.quick:
+        check_quick(results.data["sweep"])
+    else:
         plot(results.data, args.out.with_suffix(".png"))
     return results.data
+
+
+def check_quick(sweep: dict[str, dict[str, float]]) -> None:
+    """Refuses codes that have become worse."""
+    for name, score in sweep.items():
+        kl, bits = QUICK.get(name, (math.inf, math.inf))
+        if score["kl"] > kl or score["bits_per_element"] > bits:
+            sys.exit(f"{name}: KL {score['kl']:.5f} at {score['bits_per_element']} bits; expected at most {kl} at {bits}")
 
 
 def device_name() -> str:

@@ -155,20 +155,22 @@ def test_copies_are_seen(shape: str) -> None:
     assert {operation for operation, _ in found} & {"copy", "copy-start"}
 
 
-@pytest.mark.parametrize("precision", ["q8", "q4", "q2"])
-def test_attention_stays_on_one_core(precision: str) -> None:
-    """No operation on a block is split between XLA:CPU's threads (by its cost model): that cost half as much again as it gained."""
-    state = jax.eval_shape(lambda: jaxkv.init(KvCacheConfig(max_tokens=16384, store_precision=precision)))
+@pytest.mark.parametrize(("precision", "tail"), [("q8", 256), ("q4", 256), ("q2", 256), ("q4", 0)])
+def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
+    """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is computed twice: each cost half as much again."""
+    state = jax.eval_shape(lambda: jaxkv.init(KvCacheConfig(tail, store_precision=precision, max_tokens=16384)))
     text = jax.jit(jaxkv.attend).lower(state, jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32)).compile().as_text()
     bodies = {name for line in text.splitlines() for name in re.findall(r"body=%?([\w.\-]+)", line)}
     assert bodies
-    split, computation = list[str](), ""
+    split, once, computation = list[str](), 0, ""
     for line in text.splitlines():
         head = re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         computation = head[1] if head else computation
-        if computation in bodies and re.search(r'"outer_dimension_partitions":\["', line):
-            split.append(line)
+        if computation in bodies:
+            split += [line] if re.search(r'"outer_dimension_partitions":\["', line) else []
+            once += " conditional(" in line
     assert not split
+    assert once >= 5  # the conditionals of `computed_once`, if the compiler has not seen through them
 
 
 def test_unpacked_stores_are_seen() -> None:

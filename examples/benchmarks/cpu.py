@@ -4,6 +4,8 @@
     python examples/benchmarks/cpu.py --quick          # toy sizes, writes nothing
     python examples/benchmarks/cpu.py --ggml FOLDER    # where libggml*.so lie, if llama-cpp-python is not installed here
 
+Our caches lie on a mesh with a device for every core, heads split between them (positions where there is one kv head), and once more on one
+device: XLA computes a program for one device on one core as long as its operations are small. JAX's own attention uses all cores there.
 The systems take turns, a few calls each, so that a noisy machine treats them alike; medians over all turns. Peers that are not
 installed are left out (extra `bench`). Codes are random: no system's time depends on what they are.
 """
@@ -11,7 +13,6 @@ installed are left out (extra `bench`). Codes are random: no system's time depen
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import statistics
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cpu_caches import CACHES, filled, on_cores
 from cpu_peers import device_name, peers_of
 from tqdm import tqdm
 
@@ -36,15 +38,8 @@ SHAPES = {
     "MQA 16/1/128": (1, 16, 1, 128),
     "GQA, 8 ragged rows": (8, 32, 8, 128),
 }
+jax.config.update("jax_num_cpu_devices", THREADS)
 LENGTHS = {"GQA 32/8/128": (1024, 4096, 16384, 65536), "GQA, 8 ragged rows": (8192,)}
-CACHES: dict[str, dict[str, Any]] = {
-    "Q8": {"store_precision": "q8"},
-    "Q4": {},
-    "Q2": {"store_precision": "q2"},
-    "BF16": {"tail_precision": "bf16", "store_precision": "bf16"},
-    "FP16": {"store_precision": "fp16"},
-}
-
 Call = Callable[[], Any]
 
 
@@ -64,33 +59,21 @@ def medians(calls: dict[str, Call], rounds: int = 5, least_seconds: float = 0.15
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def filled(config: KvCacheConfig, held: np.ndarray) -> jaxkv.CacheState:
-    """A cache of random codes that holds `held` [B] tokens."""
-    rng, state = np.random.default_rng(0), jaxkv.init(config, len(held))
-
-    def noise(a: jax.Array) -> jax.Array:
-        if a.dtype == jnp.int16:  # the bits of bfloat16
-            return jax.lax.bitcast_convert_type(jnp.asarray(rng.standard_normal(a.shape), jnp.bfloat16), a.dtype)
-        if jnp.issubdtype(a.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(-100, 100, a.shape), a.dtype)
-        return jnp.asarray(rng.uniform(0.01, 0.1, a.shape), a.dtype)
-
-    return dataclasses.replace(state, tiers=jax.tree.map(noise, state.tiers), end=jnp.asarray(held, jnp.int32))
-
-
 def lengths_of(batch: int, length: int) -> np.ndarray:
     """Tokens per row: all alike, or from a quarter of `length` to all of it."""
     return np.full(1, length) if batch == 1 else np.linspace(length // 4, length, batch).astype(np.int32)
 
 
 def ours(shape: tuple[int, int, int, int], length: int) -> dict[str, Call]:
+    """Each cache with a device for every core, and on one device."""
     batch, heads, kv_heads, head_dim = shape
-    query = jax.random.normal(jax.random.key(0), (batch, 1, heads, head_dim))
+    lengths, query = lengths_of(batch, length), jax.random.normal(jax.random.key(0), (batch, 1, heads, head_dim))
     calls: dict[str, Call] = {}
     for name, fields in CACHES.items():
         config = KvCacheConfig(max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
-        state, attend = filled(config, lengths_of(batch, length)), jax.jit(jaxkv.attend)
-        calls[f"jaxkv {name}"] = lambda attend=attend, state=state: attend(state, query)
+        calls[f"jaxkv {name}"] = on_cores(config, lengths, query, THREADS)
+        state, attend = filled(config, lengths), jax.jit(jaxkv.attend)
+        calls[f"jaxkv {name}, one device"] = lambda attend=attend, state=state: attend(state, query)
     return calls
 
 

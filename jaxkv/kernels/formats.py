@@ -201,7 +201,8 @@ class TokenGroups(_Coded):
         for part, (codes, weight) in enumerate(self.codes(block)):
             groups = self.groups_of(part)
             if groups not in rows:
-                rows[groups] = digits.of_fraction(weights[:, :, None] * relative[:, :, groups.start : groups.stop, None])
+                shares = weights[:, :, None] * relative[:, :, groups.start : groups.stop, None]
+                rows[groups] = digits.of_fraction(computed_once(self.never, shares))
             found = digits.dot_rows(rows[groups], codes, -2)  # [B, K, n, R, W]
             found = found * (most[:, :, groups.start : groups.stop, None] * (digits.FRACTION_UNIT * weight))
             out.append(jnp.where(self.inside(part), found, 0).sum(2))
