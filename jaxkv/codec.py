@@ -62,7 +62,7 @@ def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
         units = _unit(scale, 255), _unit(zero_point, 127)
         stored = _whole(scale, units[0], 1, 255), _whole(zero_point, units[1], -127, 127)
         scale, zero_point = (a.astype(jnp.float32) * unit for a, unit in zip(stored, units, strict=True))
-    codes = _codes(spec, groups, scale, zero_point).astype(jnp.int32).reshape(x.shape)
+    codes = _codes(spec, groups, scale, zero_point).reshape(x.shape)
     stored_scale, stored_zero = (a.squeeze(axis) for a in stored)
     halves = [unit if unit is None else unit.squeeze(axis).astype(SCALE_DTYPE) for unit in units]
     return Quantized(pack(codes, spec.bits), stored_scale, None if spec.symmetric else stored_zero, *halves)
@@ -75,7 +75,7 @@ def _unit(x: jax.Array, most: int) -> jax.Array:
 
 def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.Array:
     assert unit is not None
-    return jnp.clip(jnp.round(x / unit), least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
+    return _nearest(x / unit, least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
 
 
 def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +99,8 @@ def _fit(
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point by least squares over the codes that the given ones produce; sums of integers, hence exact."""
     fine = 2.0**12 / jnp.where(extent > 0, extent, 1.0)
-    whole = jnp.round((x - low) * fine).astype(jnp.int32)
-    codes, size = _codes(spec, x, scale, zero_point).astype(jnp.int32), x.shape[-1]
+    whole = _nearest((x - low) * fine, 0, 2**12)
+    codes, size = _codes(spec, x, scale, zero_point), x.shape[-1]
     sum_codes, sum_whole, sum_both, sum_squares = (a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes))
     spread = size * sum_squares - sum_codes * sum_codes
     slope = (size * sum_both - sum_codes * sum_whole).astype(jnp.float32) / jnp.maximum(spread, 1).astype(jnp.float32)
@@ -119,12 +119,21 @@ def _better(old: _Fit, new: _Fit) -> _Fit:
 def _error(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array, unit: jax.Array) -> jax.Array:
     """The squared error of groups [..., g] in 64ths of a unit, int32 [..., 1]."""
     missed = x - (_codes(spec, x, scale, zero_point) * scale + zero_point)
-    whole = jnp.clip(jnp.round(missed * (64 / unit)), -1024, 1024).astype(jnp.int32)
+    whole = _nearest(missed * (64 / unit), -1024, 1024)
     return (whole * whole).sum(-1, keepdims=True)
 
 
 def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round((x - zero_point) / scale), 0, spec.levels)
+    return _nearest((x - zero_point) / scale, 0, spec.levels)
+
+
+def _nearest(x: jax.Array, least: int, most: int) -> jax.Array:
+    """The whole numbers [least, most] nearest to x, ties to even, int32.
+
+    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum.
+    """
+    counted = jnp.clip(x, least, most) + 1.5 * 2.0**23
+    return lax.bitcast_convert_type(counted, jnp.int32) - 0x4B400000
 
 
 def _half(x: jax.Array) -> jax.Array:
@@ -229,13 +238,12 @@ def inverse_hadamard(x: jax.Array) -> jax.Array:
 
 
 def _butterfly(x: jax.Array, block: int) -> jax.Array:
-    shape, half = x.shape, 1
-    while half < block:
-        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half)
-        even, odd = pairs[..., 0, :], pairs[..., 1, :]
-        x = jnp.stack([even + odd, even - odd], axis=-2).reshape(shape)
-        half *= 2
-    return x
+    """Sums and differences over all bits of an element's index in its block, the highest first; each stage moves it to the lowest place."""
+    pairs = x.reshape(*x.shape[:-1], -1, block)
+    for _ in range(block.bit_length() - 1):
+        first, second = jnp.split(pairs, 2, axis=-1)
+        pairs = jnp.stack([first + second, first - second], axis=-1).reshape(pairs.shape)
+    return pairs.reshape(x.shape)
 
 
 def mirror_of(mean: jax.Array) -> jax.Array:
@@ -276,8 +284,9 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def tree_sum(x: jax.Array, axis: int) -> jax.Array:
     """The sum along an axis, kept with size 1, added in one fixed order whatever surrounds it."""
     x = jnp.moveaxis(x, axis, -1)
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    lacking = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacking)]) if lacking else x
     while x.shape[-1] > 1:
-        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+        first, second = jnp.split(x, 2, axis=-1)
+        x = first + second
     return jnp.moveaxis(x, -1, axis)

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxkv import ring, tokens
 from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.kernels import dispatch
 from jaxkv.state import Tier
 from jaxkv.tokens import Index, Tokens
 
@@ -95,12 +96,8 @@ def store(tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index) -> Tier:
     lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)[:, None]
     slots = ring.slot_of(position, spec.offset, spec.capacity)
     slots = jnp.where((position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity)
-    keys = _write(tier.keys, spec.key, arrival.keys, slots, layer)
-    return Tier(keys, _write(tier.values, spec.value, arrival.values, slots, layer))
-
-
-def _write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
-    return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
+    keys = dispatch.write(tier.keys, spec.key, arrival.keys, slots, layer)
+    return Tier(keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer))
 
 
 def first_of(arrival: Arrival) -> tuple[jax.Array, jax.Array]:

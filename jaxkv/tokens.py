@@ -118,7 +118,7 @@ class Basis:
         return codec.inverse_hadamard(x) if self._rotates else x
 
 
-_SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
+SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
 
 
 def basis_of(tokens: Tokens, fmt: Format, layer: Index) -> Basis:
@@ -175,7 +175,7 @@ def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer
             at, new = jnp.pad(at, ((0, 0), (0, 1)), constant_values=jnp.iinfo(jnp.int32).max), jnp.concatenate([new, new], axis=1)
         return old.at[_scale_place(fmt, at, layer) if is_scale else _data_place(at, layer)].set(new, mode="drop")
 
-    held = {name: array for name in _SCALES if (array := getattr(tokens, name)) is not None}
+    held = {name: array for name in SCALES if (array := getattr(tokens, name)) is not None}
     scales = {name: put(array, getattr(encoded, name), scale_slots, True) for name, array in held.items()}
     return dataclasses.replace(tokens, data=put(tokens.data, encoded.codes, slots, False), **scales)
 
@@ -186,7 +186,7 @@ def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Arr
     if tokens.scale is None:
         return floats(data)
     place = _scale_place(fmt, _scale_slots(fmt, slots), layer)
-    arrays = [array if array is None else array[place] for array in (getattr(tokens, name) for name in _SCALES)]
+    arrays = [array if array is None else array[place] for array in (getattr(tokens, name) for name in SCALES)]
     return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, *arrays))
 
 

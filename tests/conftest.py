@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import chex
 import hypothesis
 import jax
 import numpy as np
 import pytest
+from lowering import H100
 
 jax.config.update("jax_num_cpu_devices", 8)  # for shard_map; has to come before the first use of a device
 
@@ -36,3 +38,10 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """Programs are traced as for a GPU that is elsewhere."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H100)):
+        yield

@@ -1,4 +1,4 @@
-"""Which implementation computes a tier's partial attention: the GPU kernel where it can run and XLA everywhere else."""
+"""Which implementation attends over a tier and writes to it: the GPU kernels where they can run and XLA everywhere else."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.config import QuantSpec
-from jaxkv.kernels import pallas_gpu, xla
+from jaxkv import tokens
+from jaxkv.config import Format, QuantSpec
+from jaxkv.kernels import pallas_gpu, pallas_write, platform, xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment
-from jaxkv.tokens import Index
+from jaxkv.tokens import Index, Tokens
 
 Implementation = Literal["xla", "pallas"] | None
 
 MOST_HEAD_DIM = 256
 READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
-LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
 
 
 def partial_attention(
@@ -57,7 +57,7 @@ def partial_attention(
 
     if implementation == "xla":
         return portable(query)
-    reason = refusal(part, query.shape[-1], scoring) or no_gpu()
+    reason = refusal(part, query.shape[-1], scoring) or platform.no_gpu()
     if implementation == "pallas":
         if reason:
             raise ValueError(f"implementation='pallas': {reason}; pass 'xla', or None to choose by platform")
@@ -89,22 +89,27 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         unknown = [name for name, array in arrays.items() if array is not None and name not in READABLE]
         if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
             return f"it cannot read {fmt} in the {part.spec.name} tier"
-        # Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB.
-        if any(array is not None and 2**31 < array.size <= 2**32 // array.dtype.itemsize for array in arrays.values()):
+        if _overflows(held):
             return f"the {part.spec.name} tier has an array of 2 to 4 GiB of bytes, where Pallas-Triton's offsets overflow: split the batch"
     return None
 
 
-def no_gpu() -> str | None:
-    """Why no NVIDIA GPU can be compiled for here, or None. An abstract device stands for a GPU that is elsewhere."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return None if device.platform in ("cuda", "gpu") else f"it runs on NVIDIA GPUs, not on {device.platform}"
-    if jax.default_backend() != "gpu":
-        return f"it runs on NVIDIA GPUs, and the default backend is {jax.default_backend()}"
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    try:
-        enough = float(capability) >= LEAST_CAPABILITY
-    except ValueError:  # AMD's names
-        enough = False
-    return None if enough else f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, not {capability}"
+def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
+    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring drops its token."""
+
+    def portable(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
+        return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
+
+    def kernel(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
+        assert isinstance(fmt, QuantSpec)
+        return pallas_write.write(held, fmt, new, slots, layer)
+
+    if pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held) or platform.no_gpu():
+        return portable(held, new, slots)
+    found: Tokens = lax.platform_dependent(held, new, slots, cuda=kernel, default=portable)
+    return found
+
+
+def _overflows(held: Tokens) -> bool:
+    """Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB."""
+    return any(2**31 < array.size <= 2**32 // array.dtype.itemsize for array in jax.tree.leaves(held))

@@ -10,7 +10,7 @@ itself at most, in bfloat16 attention by 2**-8.
 
 The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the reason to write for Mosaic GPU, and
 Triton pipelines the loads, unpacks in registers and runs on every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12);
-`_triton` is the one place that knows it, besides the masked load in `pallas_codes`.
+`on_triton` is the one place that knows it, besides masked loads and stores.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
         return pl.BlockSpec((None, None, None, *sizes), lambda s, c, b: (b, c, s, *(0,) * len(sizes))), kind
 
     outs = [result(plan.value.count, plan.rows, padded(plan.value.size)), result(plan.rows), result(plan.rows)]
-    return _triton(
+    return on_triton(
         functools.partial(kernel, plan),
+        "jaxkv_partial_attention",
         tuning.warps(plan.rows, plan.key.head_dim),
         tuning.num_stages,
         grid=grid,
@@ -146,8 +147,8 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
     )(*small, *stored)
 
 
-def _triton(kernel: Callable[..., None], num_warps: int, num_stages: int, **call: Any) -> Callable[..., Any]:
+def on_triton(kernel: Callable[..., None], name: str, num_warps: int, num_stages: int, **call: Any) -> Callable[..., Any]:
     """`pl.pallas_call` on the Triton backend."""
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # it comes at lowering, after this
     params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, compiler_params=params, name="jaxkv_partial_attention", **call)
+    return pl.pallas_call(kernel, compiler_params=params, name=name, **call)

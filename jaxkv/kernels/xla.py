@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring, tokens
+from jaxkv.kernels import platform
 from jaxkv.kernels.formats import computed_once, reader
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
@@ -26,6 +27,9 @@ TILE_BYTES, SCORES, SLOTS = 2**17, 2**13, (64, 256)
 XLA:CPU splits an operation on more of them between its threads, which costs more in wake-ups and in caches than it gains: at 16k tokens a
 program that stays on one core takes 6 ms, one whose every operation uses two takes 8.
 """
+
+ACCELERATOR_BYTES = 2**24
+"""The codes of a block everywhere but on CPUs, where each of its two dozen operations is a launch and each turn of the loop a wait."""
 
 Visible = Callable[[jax.Array], jax.Array]
 """positions [B, S] -> bool [B, T, S]: which tokens each query may look at."""
@@ -87,7 +91,8 @@ def _block_size(part: Segment, query: jax.Array) -> int:
     """Slots per block, whole groups of tokens."""
     rows, (*_, width) = query.size // query.shape[-1], part.tier.keys.data.shape
     tile = query.shape[0] * query.shape[1] * width * part.tier.keys.data.dtype.itemsize
-    size = max(SLOTS[0], min(TILE_BYTES // tile, max(SLOTS[1], SCORES // rows)))
+    most = min(TILE_BYTES // tile, max(SLOTS[1], SCORES // rows)) if platform.name() == "cpu" else ACCELERATOR_BYTES // tile
+    size = max(SLOTS[0], most)
     return min(part.spec.capacity, max(size // part.spec.group, 1) * part.spec.group)
 
 

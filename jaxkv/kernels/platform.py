@@ -1,0 +1,28 @@
+"""What a program is compiled for, as far as a trace can tell."""
+
+from __future__ import annotations
+
+import jax
+
+LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
+
+
+def name() -> str:
+    """The platform: that of an abstract device, which stands for one that is elsewhere, or the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = jax.default_backend() if device is None else device.platform
+    return "gpu" if found == "cuda" else found
+
+
+def no_gpu() -> str | None:
+    """Why no NVIDIA GPU can be compiled for here, or None."""
+    if name() != "gpu":
+        return f"it runs on NVIDIA GPUs, not on {name()}"
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    try:
+        enough = float(capability) >= LEAST_CAPABILITY
+    except ValueError:  # AMD's names
+        enough = False
+    return None if enough else f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, not {capability}"
