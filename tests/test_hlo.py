@@ -157,7 +157,7 @@ def test_copies_are_seen(shape: str) -> None:
 
 @pytest.mark.parametrize(("precision", "tail"), [("q8", 256), ("q4", 256), ("q2", 256), ("q4", 0)])
 def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
-    """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is computed twice: each cost half as much again."""
+    """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is computed twice."""
     state = jax.eval_shape(lambda: jaxkv.init(KvCacheConfig(tail, store_precision=precision, max_tokens=16384)))
     text = jax.jit(jaxkv.attend).lower(state, jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32)).compile().as_text()
     bodies = {name for line in text.splitlines() for name in re.findall(r"body=%?([\w.\-]+)", line)}

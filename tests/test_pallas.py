@@ -206,6 +206,7 @@ def test_splits_share_the_blocks_that_hold_tokens() -> None:
 
 # Lowering for a GPU from a machine that has none.
 
+
 def attended(config: KvCacheConfig, implementation: dispatch.Implementation, **options: Any) -> Any:
     def step(state: CacheState, query: jax.Array) -> jax.Array:
         return attend(state, query, implementation=implementation, **options)

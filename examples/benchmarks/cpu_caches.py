@@ -53,9 +53,7 @@ def on_cores(config: KvCacheConfig, held: np.ndarray, query: jax.Array, cores: i
     empty = shards.init(config, len(held), mesh=mesh, axes=axes)
     parts = len(empty.cache.end)
     each = (held - np.arange(parts)[:, None] + parts - 1) // parts  # how many of the positions 0, 1, ... fall to each part
-    end, own = (
-        jax.device_put(np.asarray(count, np.int32), like.sharding) for count, like in ((held, empty.end), (each, empty.cache.end))
-    )
+    end, own = (jax.device_put(np.asarray(count, np.int32), like.sharding) for count, like in ((held, empty.end), (each, empty.cache.end)))
     dealt = dataclasses.replace(empty, cache=dataclasses.replace(empty.cache, tiers=noise_like(empty.cache.tiers), end=own), end=end)
     attend = jax.jit(jax.shard_map(shards.attend, mesh=mesh, in_specs=(dealt.specs, axes.tokens), out_specs=axes.tokens))
     query = jax.device_put(query, NamedSharding(mesh, axes.tokens))
