@@ -94,6 +94,9 @@ def report(device: Any) -> list[dict[str, Any]]:
     cases: list[tuple[str, dict[str, Any], str, Any]] = [
         ("Q4", {}, "append", None),
         ("Q4", {"migration": "batched"}, "append", None),
+        ("FP16", dict(jaxkv.PRESETS["FP16"][0]), "append", None),
+        ("FP16", dict(jaxkv.PRESETS["FP16"][0]), "attend", None),
+        ("Q8", dict(jaxkv.PRESETS["Q8"][0]), "attend", None),
         ("Q4", {}, "attend", None),
         ("Q4", {}, "attend", "xla"),
     ]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jaxkv.kernels.pallas_codes import padded, side, two_terms
+from jaxkv.kernels.pallas_codes import padded, side
 from jaxkv.kernels.pallas_kernel import Plan, kernel
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
@@ -74,61 +73,42 @@ def partial_attention(
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
     windowed, layered = limits.since is not None, layer is not None
     plan = Plan(side(spec.key, h), side(spec.value, h), spec.capacity, spec.offset, rows, tuning.slots, splits, windowed, layered)
-    bounds, *limits_by_query = _bounds(part, limits, layer)
-    pad = [(0, 0), (0, chunks * rows - r)]
-    by_chunk = [jnp.pad(x, pad, constant_values=-1).reshape(b, chunks, rows) for x in limits_by_query]
-    operands = _operands(plan, jnp.pad(query * math.log2(math.e), [(0, 0), *pad, (0, 0)]))
-    partials = _call(plan, (bounds, *by_chunk, *operands), part.tier, tuning, interpret)
+    partials = _call(plan, (*_bounds(part, limits, layer), query), part.tier, tuning, interpret)
     return Partial(*(x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r] for x in _over_splits(plan, *partials)))
 
 
 def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, 5]: the positions [low, stop) that any query sees, the tier's end, the sinks' end, the layer; then the queries' limits."""
+    """[B, 4]: the first position that any query sees, the tier's end, the sinks' end, the layer; then the queries' limits."""
     base = jnp.zeros_like(part.low) if part.base is None else part.base
     upto = limits.upto - base[:, None]
-    low, stop, sinks = part.low, jnp.minimum(part.high, upto.max(1) + 1), limits.sinks - base
+    low, sinks = part.low, limits.sinks - base
     since = upto if limits.since is None else limits.since - base[:, None]
     if limits.since is not None:
         first = jnp.where(limits.upto >= 0, since, jnp.iinfo(jnp.int32).max).min(1)
         low = jnp.where(low >= sinks, jnp.maximum(low, first), low)
     number = jnp.zeros_like(low) if layer is None else jnp.full_like(low, layer)
-    return jnp.stack([low, stop, part.high, sinks, number], axis=1), upto, since
+    return jnp.stack([low, part.high, sinks, number], axis=1), upto, since
 
 
-def _operands(plan: Plan, query: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries [B, K, chunks * rows, H] as operands [B, K * chunks, tiles, 2 * rows, C], and their sums [B, K * chunks, kinds, rows]."""
-    key, size = plan.key, plan.key.size
-    tiles = jnp.swapaxes(query.reshape(query.shape[0], -1, plan.rows, key.count, size), 2, 3)
-    sums = [sum(tiles[:, :, t].sum(-1) for t in range(key.count) if key.kind(t) == kind) for kind in key.kinds]
-    weights = jnp.array([key.weight(tile) for tile in range(key.count)])[:, None, None]
-    wide = jnp.pad(tiles * weights, [(0, 0)] * 4 + [(0, padded(size) - size)])
-    return jnp.concatenate(two_terms(wide), axis=3), jnp.stack(sums or [tiles[:, :, 0, :, 0]], axis=2)
-
-
-def _over_splits(plan: Plan, out: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Merges partial results [B, K * chunks, splits, (tiles,) rows(, C)], as `softmax.merge`, into [B, K * chunks, rows(, H)]."""
+def _over_splits(plan: Plan, out: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Merges partial results [B, K * chunks, splits, (tiles + 1,) rows(, C)], as `softmax.merge`, into [B, K * chunks, rows(, H)]."""
     highest = top.max(2)
-    weights = jnp.exp(top - highest[:, :, None])
-    out = (out[..., : plan.value.size] * weights[:, :, :, None, :, None]).sum(2)
-    return jnp.swapaxes(out, 2, 3).reshape(*highest.shape, -1), highest, (total * weights).sum(2)
+    merged = (out * jnp.exp(top - highest[:, :, None])[:, :, :, None, :, None]).sum(2)
+    tiles = jnp.swapaxes(merged[:, :, :-1, :, : plan.value.size], 2, 3)
+    return tiles.reshape(*highest.shape, -1), highest, merged[:, :, -1, :, 0]
 
 
 def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool) -> Any:
-    bounds, upto, _, query, sums = small
-    grid = plan.splits, query.shape[1], query.shape[0]
-    stored = tier.keys, tier.values
-
-    def spec(array: jax.Array, index: Callable[..., Any]) -> pl.BlockSpec:
-        lead = array.ndim - 2 if array.ndim < 4 else 2
-        shape = (None,) * lead + array.shape[lead:]
-        return pl.BlockSpec(shape, lambda s, c, b: (*index(c, b)[:lead], *(0,) * (array.ndim - lead)))
+    bounds, upto, _, query = small
+    chunks, stored = pl.cdiv(upto.shape[1], plan.rows), (tier.keys, tier.values)
+    grid = plan.splits, query.shape[1] * chunks, query.shape[0]
 
     def result(*sizes: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         shape = (*reversed(grid[1:]), plan.splits, *sizes)
         kind = jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(query).manual_axis_type)
         return pl.BlockSpec((None, None, None, *sizes), lambda s, c, b: (b, c, s, *(0,) * len(sizes))), kind
 
-    outs = [result(plan.value.count, plan.rows, padded(plan.value.size)), result(plan.rows), result(plan.rows)]
+    outs = [result(plan.value.count + 1, plan.rows, padded(plan.value.size)), result(plan.rows)]
     return on_triton(
         functools.partial(kernel, plan),
         "jaxkv_partial_attention",
@@ -136,9 +116,8 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
         tuning.num_stages,
         grid=grid,
         in_specs=[
-            pl.BlockSpec((None, bounds.shape[1]), lambda s, c, b: (b, 0)),
-            *[pl.BlockSpec((None, None, plan.rows), lambda s, c, b: (b, c % upto.shape[1], 0))] * 2,
-            *[spec(array, lambda c, b: (b, c)) for array in (query, sums)],
+            *[pl.BlockSpec((None, array.shape[1]), lambda s, c, b: (b, 0)) for array in (bounds, upto, upto)],
+            pl.BlockSpec((None, None, *query.shape[2:]), lambda s, c, b: (b, c // chunks, 0, 0)),
             *jax.tree.map(lambda _: pl.BlockSpec(), stored),
         ],
         out_specs=[spec for spec, _ in outs],

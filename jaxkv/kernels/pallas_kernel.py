@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from jaxkv.kernels.pallas_codes import Block, Refs, Side, padded, two_terms
 from jaxkv.softmax import FLOOR
@@ -35,14 +36,16 @@ class Plan:
         return pl.cdiv(self.capacity, self.slots)
 
 
-def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, sums: Any, keys: Refs, values: Refs, *outs: Any) -> None:
-    chunks = pl.num_programs(1) // keys.data.shape[-3]
-    place = (*((bounds[4],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
-    queries = [query[tile] for tile in range(plan.key.count)], [sums[index] for index in range(len(plan.key.kinds))]
-    limits = upto[...], since[...] if plan.windowed else None, bounds[3]
+def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, keys: Refs, values: Refs, *outs: Any) -> None:
+    chunks = pl.cdiv(query.shape[0], plan.rows)
+    place = (*((bounds[3],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
+    rows = pl.program_id(1) % chunks * plan.rows + jnp.arange(plan.rows)
+    queries = _queries(plan.key, query, rows)
+    limits = _of_rows(upto, rows), _of_rows(since, rows) if plan.windowed else None, bounds[2]
+    span = bounds[0], jnp.minimum(bounds[1], limits[0].max() + 1), bounds[1]
 
     def visit(step: jax.Array, carry: Any) -> Any:
-        block, position = _block(plan, bounds, place, step)
+        block, position = _block(plan, span, place, step)
         assert block.valid is not None
         seen = block.valid[None] & _seen(limits, position)
         scores = _scores(plan.key, *queries, keys, dataclasses.replace(block, valid=None))
@@ -51,8 +54,22 @@ def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, sums: Any
     by_slot = jnp.zeros((plan.rows, plan.slots))
     tiles = [jnp.zeros((plan.rows, padded(plan.value.size)))] * plan.value.count
     zeros = jnp.full((plan.rows,), FLOOR), by_slot, [by_slot] * len(plan.value.kinds), tiles
-    start, stop = steps(plan, bounds[0], bounds[1], pl.program_id(0))
+    start, stop = steps(plan, *span[:2], pl.program_id(0))
     _finish(plan.value, lax.fori_loop(start, stop, visit, zeros), *outs)
+
+
+def _of_rows(limit: Any, rows: jax.Array) -> jax.Array:
+    return plgpu.load(limit.at[rows], mask=rows < limit.shape[0], other=-1)
+
+
+def _queries(key: Side, query: Any, rows: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Some rows of the queries [..., H] as an operand of every tile, and their sums [R] for every kind of offset; for powers of 2."""
+    columns, row = jnp.arange(padded(key.size))[None], rows[:, None]
+    keep = (columns < key.size) & (row < query.shape[0])
+    tiles = [plgpu.load(query.at[row, tile * key.size + columns], mask=keep, other=0.0) for tile in range(key.count)]
+    tiles = [x * math.log2(math.e) for x in tiles]
+    sums = [_sum([x.sum(1) for tile, x in enumerate(tiles) if key.kind(tile) == kind]) for kind in key.kinds]
+    return [_stacked(two_terms(x * key.weight(tile))) for tile, x in enumerate(tiles)], sums
 
 
 def steps(plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,9 +83,9 @@ def steps(plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array) -> tupl
     return start, jnp.minimum(start + share, blocks)
 
 
-def _block(plan: Plan, bounds: Any, place: Any, step: jax.Array) -> tuple[Block, jax.Array]:
+def _block(plan: Plan, span: Any, place: Any, step: jax.Array) -> tuple[Block, jax.Array]:
     """The block of a step, and the positions in its slots: `ring.position_of` with one division for all slots."""
-    low, stop, end = bounds[0], bounds[1], bounds[2]
+    low, stop, end = span
     index = (low - plan.offset) % plan.capacity // plan.slots + step
     slot = jnp.where(index < plan.blocks, index, index - plan.blocks) * plan.slots + jnp.arange(plan.slots, dtype=jnp.int32)
     newest = (end - 1 - plan.offset) % plan.capacity
@@ -108,12 +125,14 @@ def _accumulate(value: Side, scores: jax.Array, carry: Any, refs: Refs, block: B
     return new_top, total * decay + weights, shifts, new
 
 
-def _finish(value: Side, carry: Any, out_ref: Any, top_ref: Any, total_ref: Any) -> None:
+def _finish(value: Side, carry: Any, out_ref: Any, top_ref: Any) -> None:
+    """Stores the partial result; the sum of weights as one more tile, so that one pass merges all."""
     top, total, shifts, outs = carry
     by_kind = {kind: x.sum(1)[:, None] for kind, x in zip(value.kinds, shifts, strict=True)}
     for tile, out in enumerate(outs):
         out_ref[tile] = out * value.weight(tile) + by_kind.get(value.kind(tile), 0.0)
-    top_ref[...], total_ref[...] = top * math.log(2), total.sum(1)
+    out_ref[value.count] = jnp.broadcast_to(total.sum(1)[:, None], out_ref.shape[1:])
+    top_ref[...] = top * math.log(2)
 
 
 def _sum(arrays: list[jax.Array]) -> jax.Array:
