@@ -39,7 +39,7 @@ TAIL = 128
 PART = 4  # windows that are read at once, scored and saved
 QUICK = {"Q8": (1e-4, 8.5), "Q4": (0.0035, 4.5), "K4V2": (0.012, 3.5), "Q2": (0.045, 2.5)}
 """What --quick reads, with bounds a little above what was measured: KL and bits an element. Perplexity says less at 512 tokens."""
-CACHES_OF_BIAS = ("Q4", "K8V4", "Q4_PLAIN64", "K4C_V4")
+CACHES_OF_BIAS = ("Q4", "FP16", "K8V4", "Q4_PLAIN64", "K4C_V4")
 
 
 def pair(bits: int, group_size: int, **flags: Any) -> dict[str, Any]:

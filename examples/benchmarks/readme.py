@@ -114,8 +114,8 @@ def gpu(found: dict[str, Any]) -> str:
         f"Decode steps over {found['layers']} layers in a scan, {found['tokens']:,} tokens, {found['query_heads']} query heads and "
         f"{found['kv_heads']} kv heads of {found['head_dim']}, compiled to machine code for {found['device']} on a machine without one "
         f"(`{found['command']}`, jax {found['jax']}):\n\n{table(head, rows)}\n\n"
-        "What an H100 should then do, from bytes, instructions and launches of 1.5 us (`python examples/benchmarks/gpu.py --expected`): times as "
-        "fast as our bfloat16 tier, and the share of eager appends in a Q4 decode step (batched ones leave out a third of it):\n\n"
+        "What an H100 should then do, from bytes, instructions and launches of 1.5 us (`python examples/benchmarks/gpu.py --expected`): "
+        "times as fast as our bfloat16 tier, and the share of eager appends in a Q4 decode step (batched ones leave out a third):\n\n"
         f"{table(['', 'Q8', 'Q4', 'Q2', 'append'], expectations)}"
     )
 
