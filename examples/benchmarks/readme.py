@@ -120,6 +120,23 @@ def gpu(found: dict[str, Any]) -> str:
     )
 
 
+def measured(found: dict[str, Any]) -> str:
+    """Times on a GPU, by `gpu.py`."""
+    names = ("cudnn", "torch", "bf16", "q8", "q4", "q2")
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        times = f" ({row[name + '_speedup']:.2f})" if row.get(name + "_speedup") else ""
+        return f"{row[name] * 1e6:.0f}{times}" if name in row else ""
+
+    rows = [[row["model"], str(row["batch"]), f"{row['length']:,}", *(cell(row, name) for name in names)] for row in found["attention"]]
+    shares = ", ".join(f"{mode} {step['append_share']:.0%}" for mode, step in found["decode_step"].items())
+    return (
+        f"Microseconds of one attention on {found['device']} (`python examples/benchmarks/gpu.py`, jax {found['jax']}), in brackets how many "
+        f"times as fast as the better peer; an append's share of a decode step at 32,768 tokens: {shares}.\n\n"
+        f"{table(['model', 'rows', 'tokens', *names], rows)}"
+    )
+
+
 def speed(found: dict[str, Any]) -> str:
     """Decode attention at the longest length that all systems were asked for, and what does not grow."""
     columns = {
@@ -156,6 +173,8 @@ def sections() -> dict[str, str]:
     for name, write, file in (("quality", quality, "quality.json"), ("speed", speed, "cpu.json"), ("gpu", gpu, "gpu_compiled.json")):
         if (RESULTS / file).exists():
             found[name] = write(json.loads((RESULTS / file).read_text()))
+    on_gpus = [measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))]
+    found["gpu"] = "\n\n".join([found.get("gpu", ""), *on_gpus])
     return found
 
 
