@@ -131,8 +131,8 @@ def measured(found: dict[str, Any]) -> str:
     rows = [[row["model"], str(row["batch"]), f"{row['length']:,}", *(cell(row, name) for name in names)] for row in found["attention"]]
     shares = ", ".join(f"{mode} {step['append_share']:.0%}" for mode, step in found["decode_step"].items())
     return (
-        f"Microseconds of one attention on {found['device']} (`python examples/benchmarks/gpu.py`, jax {found['jax']}), in brackets how many "
-        f"times as fast as the better peer; an append's share of a decode step at 32,768 tokens: {shares}.\n\n"
+        f"Microseconds of one attention on {found['device']} (`python examples/benchmarks/gpu.py`, jax {found['jax']}), in brackets how "
+        f"many times as fast as the better peer; an append's share of a decode step at 32,768 tokens: {shares}.\n\n"
         f"{table(['model', 'rows', 'tokens', *names], rows)}"
     )
 
