@@ -17,7 +17,7 @@ from jaxkv.kernels import dispatch
 from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
-from jaxkv.tokens import Index, Tokens, basis_of
+from jaxkv.tokens import Index, Tokens, basis_of, only
 
 QUERY_BLOCK = 128
 """Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""
@@ -96,18 +96,18 @@ def over_segments(
     size = query.shape[1]
 
     def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
-        def visible(key: jax.Array) -> jax.Array:
-            return scoring.visible(position, key, sink_tokens)
+        def visible(key: jax.Array, row: Index = None) -> jax.Array:
+            return scoring.row(row).visible(only(position, row), key, sink_tokens)
 
         def over(part: Segment) -> Partial:
             key_basis = basis_of(part.tier.keys, part.spec.key, layer)
             value_basis = basis_of(part.tier.values, part.spec.value, layer)
             mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
 
-            def adjust(scores: jax.Array, key: jax.Array) -> jax.Array:
+            def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
                 if mean_score is not None and capped:
-                    scores = scores + mean_score.reshape(*scores.shape[:4], 1)
-                return scoring.adjust(scores, position, key)
+                    scores = scores + only(mean_score, row).reshape(*scores.shape[:4], 1)
+                return scoring.row(row).adjust(scores, only(position, row), key)
 
             found = dispatch.partial_attention(
                 part.codes_only(),

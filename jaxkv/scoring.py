@@ -95,6 +95,12 @@ class Scoring:
         """The options for queries [start, start + size) only."""
         return self._with_tables(lambda table: lax.dynamic_slice_in_dim(table, start, size, 2))
 
+    def row(self, row: jax.Array | None) -> Scoring:
+        """The options for one row of the batch only; None: for all."""
+        if row is None:
+            return self
+        return self._with_tables(lambda table: table if len(table) == 1 else lax.dynamic_slice_in_dim(table, row, 1))
+
     def _with_tables(self, change: Callable[[jax.Array], jax.Array]) -> Scoring:
         bias, mask = (table if table is None else change(table) for table in (self.bias, self.mask))
         return dataclasses.replace(self, bias=bias, mask=mask)

@@ -212,6 +212,11 @@ def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
     return (rows,) if layer is None else (layer, rows)
 
 
+def only(x: jax.Array, row: Index) -> jax.Array:
+    """One row [1, ...] of [B, ...]; None: all."""
+    return x if row is None else lax.dynamic_slice_in_dim(x, row, 1)
+
+
 def flattened(tokens: Tokens) -> Tokens:
     """The tokens with `data` [..., B, K, S * W], as `block` takes them.
 
@@ -222,19 +227,25 @@ def flattened(tokens: Tokens) -> Tokens:
     return dataclasses.replace(tokens, data=tokens.data.reshape(*lead, slots * width))
 
 
-def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, layer: Index) -> Tokens:
-    """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W].
+def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, layer: Index, row: Index = None) -> Tokens:
+    """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W]; of one row where one is named.
 
     Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
     """
     group, width = channel_group(fmt), flat.data.shape[-1] // capacity
 
     def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int) -> jax.Array | None:
-        if array is None or layer is None:
-            return array if array is None else lax.dynamic_slice_in_dim(array, begin, length, axis)
-        starts, shape = [jnp.int32(layer)] + [jnp.int32(0)] * (array.ndim - 1), [1, *array.shape[1:]]
+        if array is None:
+            return None
+        lead = 0 if layer is None else 1
+        starts, shape = [jnp.int32(0)] * array.ndim, list(array.shape)
         starts[axis], shape[axis] = begin, length
-        return lax.dynamic_slice(array, starts, shape).squeeze(0)
+        if row is not None:
+            starts[lead], shape[lead] = jnp.int32(row), 1
+        if lead:
+            starts[0], shape[0] = jnp.int32(layer), 1
+        found = lax.dynamic_slice(array, starts, shape)
+        return found.squeeze(0) if lead else found
 
     data = cut(flat.data, -1, start * width, size * width)
     assert data is not None

@@ -23,7 +23,7 @@ from jaxkv.kernels.pallas_kernel import Plan, steps
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
-from jaxkv.tokens import Tokens
+from jaxkv.tokens import Tokens, only
 
 SMALL = pallas_gpu.Tuning(slots=32, programs=12)  # several blocks and splits in few slots
 UNIT = 2.0**-17  # of each factor: what two bfloat16 terms leave out
@@ -114,7 +114,11 @@ def asked(rng: np.random.Generator, case: Case, part: Segment) -> tuple[jax.Arra
 
 def portable(part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any) -> Partial:
     newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], 2**31 - 2)
-    return xla.partial_attention(part, query, lambda key: scoring.visible(position, key, sinks), None, newest, layer)
+
+    def visible(key: jax.Array, row: Any) -> jax.Array:
+        return scoring.visible(only(position, row), key, sinks)
+
+    return xla.partial_attention(part, query, visible, None, newest, layer)
 
 
 def interpreted(part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any) -> Partial:

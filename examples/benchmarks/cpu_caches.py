@@ -46,9 +46,9 @@ def filled(config: KvCacheConfig, held: np.ndarray) -> jaxkv.CacheState:
     return dataclasses.replace(state, tiers=noise_like(state.tiers), end=jnp.asarray(held, jnp.int32))
 
 
-def on_cores(config: KvCacheConfig, held: np.ndarray, query: jax.Array, cores: int) -> Callable[[], Any]:
+def on_cores(config: KvCacheConfig, held: np.ndarray, query: jax.Array, cores: int, axes: Axes | None = None) -> Callable[[], Any]:
     """A call of `attend` on a cache dealt out over `cores` devices: its heads, or its positions where there is one."""
-    axes = Axes(heads="core") if config.num_kv_heads % cores == 0 else Axes(context="core")
+    axes = axes or (Axes(heads="core") if config.num_kv_heads % cores == 0 else Axes(context="core"))
     mesh = jax.make_mesh((cores,), ("core",), axis_types=(AxisType.Auto,))
     empty = shards.init(config, len(held), mesh=mesh, axes=axes)
     parts = len(empty.cache.end)

@@ -86,7 +86,7 @@ def worst_error(precision: Precision, model: tuple[int, int, int], batch: int, l
     position, scoring = state.end[:, None] - 1, Scoring()
     limits = dispatch.limits(position, scoring, 0, query)
     found = normalize(pallas_gpu.partial_attention(part, query, limits, None, interpret=interpret))
-    wanted = normalize(xla.partial_attention(part, query, lambda key: scoring.visible(position, key, 0), None, state.end, None))
+    wanted = normalize(xla.partial_attention(part, query, lambda key, row: scoring.visible(position, key, 0), None, state.end, None))
     assert bool(jnp.isfinite(found).all())
     return float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
 

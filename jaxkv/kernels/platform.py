@@ -14,6 +14,13 @@ def name() -> str:
     return "gpu" if found == "cuda" else found
 
 
+def visits_rows() -> bool:
+    """Whether a batch may be taken apart: on CPUs, unless its rows may lie on several devices (only manual meshes tell)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_own = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return name() == "cpu" and (is_own or jax.device_count() == 1)
+
+
 def no_gpu() -> str | None:
     """Why no NVIDIA GPU can be compiled for here, or None."""
     if name() != "gpu":

@@ -2,11 +2,13 @@
 
 A block is read where it lies, unpacked to int8 and dotted with the query's digits (`formats`, `digits`); scales multiply scores and
 probabilities, never codes. Nothing is written that grows with the tier. The loop visits the blocks that hold tokens, so cost follows the
-tokens held, not the capacity.
+tokens held, not the capacity. On CPUs the rows of a large batch come one after the other, each with a loop of its own length and with
+blocks that are large enough: 8 ragged rows take half the time that they take together.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from jaxkv.kernels import platform
 from jaxkv.kernels.formats import computed_once, reader
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
-from jaxkv.tokens import Index
+from jaxkv.tokens import Index, only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 2**13, (64, 256)
 """A block has at most so many bytes of codes and so many scores; fewer slots are not worth a block's fixed cost (the second: for scores).
@@ -31,11 +33,11 @@ program that stays on one core takes 6 ms, one whose every operation uses two ta
 ACCELERATOR_BYTES = 2**24
 """The codes of a block everywhere but on CPUs, where each of its two dozen operations is a launch and each turn of the loop a wait."""
 
-Visible = Callable[[jax.Array], jax.Array]
-"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at."""
+Visible = Callable[[jax.Array, Index], jax.Array]
+"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...] where one is named."""
 
-Adjust = Callable[[jax.Array, jax.Array], jax.Array]
-"""(scores [B, K, G, T, S], positions [B, S]) -> scores."""
+Adjust = Callable[[jax.Array, jax.Array, Index], jax.Array]
+"""(scores [B, K, G, T, S], positions [B, S]) -> scores; of one row [1, ...] where one is named."""
 
 
 def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index) -> Partial:
@@ -50,6 +52,24 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
     Returns:
       A Partial of shape [B, K, R], in the basis of the raw tokens.
     """
+    is_large = TILE_BYTES // _slot_bytes(part, query) <= SLOTS[0]
+    if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
+        return _attend(part, query, visible, adjust, newest, layer, None)
+
+    def of_row(row: jax.Array) -> Partial:
+        base = None if part.base is None else only(part.base, row)
+        own = dataclasses.replace(part, low=only(part.low, row), high=only(part.high, row), base=base)
+        found = _attend(own, only(query, row), visible, adjust, only(newest, row), layer, row)
+        return jax.tree.map(lambda x: x.squeeze(0), found)
+
+    found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))
+    return found
+
+
+def _attend(
+    part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index, row: Index
+) -> Partial:
+    """`partial_attention` over all rows at once, or of one row, in which only the tier still has the others."""
     spec, tier = part.spec, part.tier
     size = _block_size(part, query)
     never = part.high[0] == -1  # the compiler sees through `< 0` where positions are a maximum with 0
@@ -65,15 +85,15 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
         position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
-        seen = visible(own) & valid[:, None]
-        scores = key.scores(operand, tokens.block(keys, spec.key, start, size, spec.capacity, layer))
+        seen = visible(own, row) & valid[:, None]
+        scores = key.scores(operand, tokens.block(keys, spec.key, start, size, spec.capacity, layer, row))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
-        by_query = by_query if adjust is None else adjust(by_query, own)
+        by_query = by_query if adjust is None else adjust(by_query, own, row)
         scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
         # Never above 1, also where a platform computes a score twice with other rounding: its digits would start again at 0.
         weights, decay = jnp.exp(jnp.minimum(scores - new_top[..., None], 0)), jnp.exp(top - new_top)[..., None]
-        more = value.weigh(weights, tokens.block(values, spec.value, start, size, spec.capacity, layer), valid)
+        more = value.weigh(weights, tokens.block(values, spec.value, start, size, spec.capacity, layer, row), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
@@ -89,11 +109,16 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
 
 def _block_size(part: Segment, query: jax.Array) -> int:
     """Slots per block, whole groups of tokens."""
-    rows, (*_, width) = query.size // query.shape[-1], part.tier.keys.data.shape
-    tile = query.shape[0] * query.shape[1] * width * part.tier.keys.data.dtype.itemsize
+    rows, tile = query.size // query.shape[-1], _slot_bytes(part, query)
     most = min(TILE_BYTES // tile, max(SLOTS[1], SCORES // rows)) if platform.name() == "cpu" else ACCELERATOR_BYTES // tile
     size = max(SLOTS[0], most)
     return min(part.spec.capacity, max(size // part.spec.group, 1) * part.spec.group)
+
+
+def _slot_bytes(part: Segment, query: jax.Array) -> int:
+    """Of the keys' codes, for all rows and heads of the queries."""
+    data = part.tier.keys.data
+    return int(query.shape[0] * query.shape[1] * data.shape[-1] * data.dtype.itemsize)
 
 
 def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
