@@ -1,0 +1,65 @@
+"""On CPUs the rows of a large batch are attended one after the other: the results are the same, and nothing is copied for it.
+
+Batches are made large here by blocks that hold next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import test_hlo
+import test_scoring
+from cases import CASES, Case, random_query, random_tokens
+from laws import assert_within, exact_attention, extend, over, start
+
+import jaxkv
+from jaxkv.kernels import platform, xla
+
+SOME = {name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "TILE_BYTES", 1)
+    monkeypatch.setattr(platform, "visits_rows", lambda: True)
+
+
+def attend(*arguments: Any, **options: Any) -> Any:
+    """Traced anew, so that no program from before the patch is taken."""
+    return jax.jit(lambda *args: jaxkv.attend(*args, **options))(*arguments)
+
+
+@pytest.mark.usefixtures("apart")
+@over(SOME)
+def test_rows_apart_are_attended_exactly(case: Case, rng: np.random.Generator) -> None:
+    keys, values = random_tokens(rng, case, 60)
+    state, lengths = extend(start(case), keys, values), np.arange(case.batch_size, dtype=np.int32) % 4
+    state = jaxkv.append(state, keys[:, :3], values[:, :3], lengths)
+    query = random_query(rng, case, 3)
+    expected, bound = exact_attention(state, query, lengths)
+    assert_within(np.abs(np.asarray(attend(state, query, lengths=lengths)) - expected), bound)
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("option", ["cross", "all"])
+def test_rows_apart_have_their_own_options(option: str) -> None:
+    """Tables of biases and masks by row, windows, decay, caps and sink logits."""
+    test_scoring.check("chain", test_scoring.options(option))
+
+
+@pytest.mark.parametrize("shape", ["one_state", "scanned_stack"])
+def test_rows_apart_copy_nothing(shape: str, request: pytest.FixtureRequest) -> None:
+    settings = test_hlo.config("three_tiers", test_hlo.SLOTS[0])
+    step, arguments = test_hlo.SHAPES[shape](settings, 2)
+
+    def text() -> str:
+        return jax.jit(lambda *args: step(*args), donate_argnums=0).lower(*arguments).compile().as_text()
+
+    together = text()
+    request.getfixturevalue("apart")
+    apart = text()
+    assert not test_hlo.sized_like_the_cache(apart, settings)
+    assert apart.count(" while(") > together.count(" while(")
