@@ -5,7 +5,7 @@
     python examples/quality.py --peers --python .venv/bin/python    # llama.cpp's KV types on the same windows, too
 
 The sweep scores windows of two texts, prose and technical, as perplexity.py does. The harder questions are in probes.py (a model with
-a key bias, greedy decoding, a hidden passkey) and peers.py (llama.cpp).
+a key bias, greedy decoding, a hidden passkey) and peers.py (llama.cpp). The plot needs matplotlib, which is in the extra `bench`.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def check_quick(sweep: dict[str, dict[str, float]]) -> None:
     """Refuses codes that have become worse."""
     for name, score in sweep.items():
         kl, bits = QUICK.get(name, (math.inf, math.inf))
-        if score["kl"] > kl or score["bits_per_element"] > bits:
+        if not (score["kl"] <= kl and score["bits_per_element"] <= bits):  # NaN is neither
             sys.exit(f"{name}: KL {score['kl']:.5f} at {score['bits_per_element']} bits; expected at most {kl} at {bits}")
 
 

@@ -5,8 +5,9 @@ to a word: a word's lowest bits hold the first part of the head dim, its highest
 kept in two's complement, `code - 2**(bits - 1)`, so that every part is masked out of the word as a small signed integer, ready for an
 integer product and without a shift (x86 has no byte shift; masking alone halved the time of unpacking).
 
-Every step here gives the same bits in every program: sums are butterflies of fixed order, and factors are powers of two, so that a fused
-multiply-add rounds as its parts do. What is stored therefore does not depend on how tokens arrived.
+Every step here gives the same bits in every program: sums are butterflies of fixed order, factors are powers of two, so that a fused
+multiply-add rounds as its parts do, or products stand alone, and constants multiply (XLA divides by them in some programs and multiplies by
+their inverse in others). What is stored therefore does not depend on how tokens arrived.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ SCALE_DTYPE = jnp.float16
 
 CUT = {4: 0.04, 2: 0.16}
 """The share of a group's range that is cut off at both ends before the fits, per bits."""
+
+NO_EXTENT = 2.0**-14
+"""The scale of a group of equal elements: the least normal number of 16 bits."""
 
 FITS = {4: 2, 2: 3}
 """Least-squares fits after the cut, per bits. Trying 15 cuts before two fits leaves 5 % less squared error for 4 times the work."""
@@ -53,7 +57,7 @@ def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
         scale = _rounded(jnp.maximum(-low, high) * (2 / (spec.levels - 1)))
         zero_point = -scale * 2.0 ** (spec.bits - 1)
     elif spec.bits == 8 or spec.axis == "channel":
-        scale, zero_point = _rounded((high - low) / spec.levels), _half(low)
+        scale, zero_point = _rounded((high - low) * (1 / spec.levels)), _half(low)
     else:
         scale, zero_point = _best_range(spec, groups, low, high)
     units: tuple[jax.Array | None, jax.Array | None] = (None, None)
@@ -70,7 +74,7 @@ def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
 
 def _unit(x: jax.Array, most: int) -> jax.Array:
     """What [B, T, K, n, 1] is counted in, per token: its largest element is `most` of them. As it will be stored, in float32."""
-    return _rounded(jnp.max(jnp.abs(x), axis=(2, 3), keepdims=True) / most)
+    return _rounded(jnp.max(jnp.abs(x), axis=(2, 3), keepdims=True) * (1 / most))
 
 
 def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.Array:
@@ -84,9 +88,9 @@ def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) 
     Errors are summed as integers, the same in every program. Channel groups and 8 bits are better off with the whole range.
     """
     extent, cut = high - low, CUT[spec.bits]
-    scale = _rounded(extent / spec.levels)
+    scale = _rounded(extent * (1 / spec.levels))
     best = scale, _half(low), _error(spec, x, scale, _half(low), scale)
-    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + extent * cut)
+    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + _alone(extent * cut))
     best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
     for _ in range(FITS[spec.bits]):
         fitted = _fit(spec, x, low, extent, *best[:2])
@@ -97,15 +101,25 @@ def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) 
 def _fit(
     spec: QuantSpec, x: jax.Array, low: jax.Array, extent: jax.Array, scale: jax.Array, zero_point: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point by least squares over the codes that the given ones produce; sums of integers, hence exact."""
-    fine = 2.0**12 / jnp.where(extent > 0, extent, 1.0)
-    whole = _nearest((x - low) * fine, 0, 2**12)
+    """Scale and zero point by least squares over the codes that the given ones produce; sums of integers, hence exact.
+
+    Means of codes are taken apart into whole and rest: for groups of thousands the products of sums would not fit int32.
+    """
+    unit = extent * 2.0**-12
+    whole = _nearest((x - low) / jnp.where(extent > 0, unit, 1.0), 0, 2**12)
     codes, size = _codes(spec, x, scale, zero_point), x.shape[-1]
     sum_codes, sum_whole, sum_both, sum_squares = (a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes))
-    spread = size * sum_squares - sum_codes * sum_codes
-    slope = (size * sum_both - sum_codes * sum_whole).astype(jnp.float32) / jnp.maximum(spread, 1).astype(jnp.float32)
-    fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope / fine), scale)
-    return fitted, _half(low + (sum_whole.astype(jnp.float32) / fine - fitted * sum_codes) / size)
+    mean = sum_codes // size
+    rest = (sum_codes - mean * size).astype(jnp.float32) * (1 / size)
+    spread = (sum_squares - mean * sum_codes).astype(jnp.float32) - _alone(rest * sum_codes)
+    slope = ((sum_both - mean * sum_whole).astype(jnp.float32) - _alone(rest * sum_whole)) / jnp.where(spread > 0, spread, 1.0)
+    fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope * unit), scale)
+    return fitted, _half(low + _alone((_alone(sum_whole * unit) - _alone(fitted * sum_codes)) * (1 / size)))
+
+
+def _alone(product: jax.Array) -> jax.Array:
+    """A product that cannot melt into the sum that follows, which one program would round once and another twice."""
+    return jnp.clip(product, -3e38, 3e38)
 
 
 _Fit = tuple[jax.Array, jax.Array, jax.Array]  # scale, zero point, error
@@ -130,9 +144,10 @@ def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Arra
 def _nearest(x: jax.Array, least: int, most: int) -> jax.Array:
     """The whole numbers [least, most] nearest to x, ties to even, int32.
 
-    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum.
+    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum. NaN
+    counts as `least`.
     """
-    counted = jnp.clip(x, least, most) + 1.5 * 2.0**23
+    counted = jnp.minimum(jnp.where(x > least, x, least), most) + 1.5 * 2.0**23
     return lax.bitcast_convert_type(counted, jnp.int32) - 0x4B400000
 
 
@@ -179,9 +194,12 @@ def _grouped(spec: QuantSpec, x: jax.Array) -> tuple[jax.Array, int]:
 
 
 def _rounded(scale: jax.Array) -> jax.Array:
-    """A scale as it will be stored, in float32; 1 for a group without extent, whose codes are then all the same."""
+    """A scale as it will be stored, in float32; a small one for a group without extent, whose codes are then all the same.
+
+    Attention on CPUs counts in units of a block's largest scale: a large one here would spoil the block.
+    """
     stored = _half(scale)
-    return jnp.where(stored > 0, stored, 1.0)
+    return jnp.where(stored > 0, stored, NO_EXTENT)
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -266,7 +284,7 @@ def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
     """
     dot = sum((tree_sum(half * v, -1) for half in _halves(x)), jnp.zeros(()))
     # Clipped so that the product cannot melt into the subtraction by which it is halved.
-    first, second = _halves(jnp.clip(_per_square(v) * dot, -3e38, 3e38))
+    first, second = _halves(_alone(_per_square(v) * dot))
     return x - v * first - v * second
 
 

@@ -54,7 +54,8 @@ class QuantSpec:
       bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
       group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's head (a divisor of
         `head_dim`), or `num_kv_heads * head_dim` for one group per token over all heads, as in the original. `axis="channel"`:
-        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64 (two-level: 32), or 32 tokens.
+        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64
+        (8 bits: 128, two-level: 32), or 32 tokens.
       axis: "token" or "channel".
       symmetric: no zero point; codes are centred on zero.
       rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries and outputs are rotated

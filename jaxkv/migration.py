@@ -13,6 +13,7 @@ from jax import lax
 from jaxkv import ring, tokens
 from jaxkv.config import Format, KvCacheConfig, TierSpec
 from jaxkv.kernels import dispatch
+from jaxkv.kernels.dispatch import Implementation
 from jaxkv.state import Tier
 from jaxkv.tokens import Index, Tokens
 
@@ -47,10 +48,12 @@ class Passage:
         return (upper == self.kept[:, -1]) & (new_upper > upper)
 
 
-def take_in(config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, passage: Passage, layer: Index) -> tuple[Tier, ...]:
+def take_in(
+    config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, passage: Passage, layer: Index, implementation: Implementation
+) -> tuple[Tier, ...]:
     """The tiers after `new` has entered the first and all that is due has moved on."""
     first = aligned(tiers[0], config.chain[0], passage.is_first(new.first, new.stop), lambda: first_of(new), layer)
-    first = store(first, config.chain[0], new, layer)
+    first = store(first, config.chain[0], new, layer, implementation)
 
     def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
         source, done = Source(config, 0, tiers[0], first, new, layer), []
@@ -59,7 +62,7 @@ def take_in(config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, passag
             first_tokens = functools.partial(source.first_tokens, upper)
             ready = aligned(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
             arrival = source.leaving(passage)
-            done.append(store(ready, spec, arrival, layer))
+            done.append(store(ready, spec, arrival, layer, implementation))
             source = Source(config, index, tier, done[-1], arrival, layer)
         return tuple(done)
 
@@ -90,14 +93,14 @@ def _positions(base: jax.Array, size: int) -> jax.Array:
     return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
 
 
-def store(tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index) -> Tier:
+def store(tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index, implementation: Implementation) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
     position = _positions(arrival.base, arrival.size)
     lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)[:, None]
     slots = ring.slot_of(position, spec.offset, spec.capacity)
     slots = jnp.where((position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity)
-    keys = dispatch.write(tier.keys, spec.key, arrival.keys, slots, layer)
-    return Tier(keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer))
+    keys = dispatch.write(tier.keys, spec.key, arrival.keys, slots, layer, implementation)
+    return Tier(keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer, implementation))
 
 
 def first_of(arrival: Arrival) -> tuple[jax.Array, jax.Array]:

@@ -53,7 +53,7 @@ def quantize_groups(groups: Array, bits: int, symmetric: bool) -> tuple[Array, A
         zero_point = groups.min(-1, keepdims=True)
         scale = (groups.max(-1, keepdims=True) - zero_point) / np.float32(highest)
     scale, zero_point = (x.astype(np.float16).astype(np.float32) for x in (scale, zero_point))
-    scale = np.where(scale == 0, np.float32(1), scale)
+    scale = np.where(scale == 0, np.float32(2.0**-14), scale)
     codes = np.clip(np.rint((groups - zero_point) / scale), lowest, highest)
     return codes, scale, zero_point
 

@@ -1,8 +1,8 @@
 """A cache on many devices, under `jit`: partition specs by rows and kv heads, and how much of a cache one device of a mesh holds.
 
-A `CacheState` placed by `place` works with every verb as it is, and XLA adds what communication it wants: none for `attend`, for `append`
-some of the size of the new tokens. On a mesh of explicit axes wrap a verb in `jax.sharding.auto_axes`. Without any communication, and
-with contexts split over devices: `jaxkv.shards`.
+A `CacheState` placed by `place` works with every verb as it is (on GPUs with `implementation="xla"`: no kernel can be partitioned), and
+XLA adds what communication it wants: none for `attend`, for `append` some of the size of the new tokens. On a mesh of explicit axes wrap a
+verb in `jax.sharding.auto_axes`. Without any communication, and with contexts split over devices: `jaxkv.shards`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,15 @@ from jaxkv.state import CacheState, Status, segments
 from jaxkv.tokens import Index
 
 
-def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None) -> CacheState:
+def append(
+    state: CacheState,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: ArrayLike | None = None,
+    *,
+    layer: Index = None,
+    implementation: dispatch.Implementation = None,
+) -> CacheState:
     """Appends tokens, migrates what leaves a tier and evicts what no longer fits.
 
     Appending T tokens gives the same bits as T appends of one.
@@ -34,6 +42,7 @@ def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: Array
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones). None: all.
         Inside jit, a row whose length is none of these stays as it was and gets `Status.OUT_OF_RANGE`.
       layer: which layer, an int or a traced scalar; required where the state has layers.
+      implementation: "xla" does without the GPU kernel that quantizes and stores; else it does what it can.
 
     Raises:
       ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or surplus layer.
@@ -48,11 +57,11 @@ def append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: Array
     new_low = ring.starts(config, new_end, kept)
 
     new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
-    tiers = take_in(config, state.tiers, new, Passage(kept, low, new_low), layer)
+    tiers = take_in(config, state.tiers, new, Passage(kept, low, new_low), layer, implementation)
     sinks = state.sinks
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
-        sinks = store(sinks, config.sink_spec, new, layer)
+        sinks = store(sinks, config.sink_spec, new, layer, implementation)
     status = state.status if lengths is None else _flag(state, given != count, Status.OUT_OF_RANGE, layer)
     moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, status=status)
     return _at(moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low)))
@@ -93,7 +102,7 @@ def prefill(
     held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
     new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None, implementation)
     out = finish([held, new], scoring, query, return_lse)
-    return append(state, keys, values, None if lengths is None else given, layer=layer), out
+    return append(state, keys, values, None if lengths is None else given, layer=layer, implementation=implementation), out
 
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:

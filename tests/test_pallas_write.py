@@ -23,7 +23,7 @@ SPECS = {
     "q8_symmetric": QuantSpec(8, 32, symmetric=True),
     "q4": QuantSpec(4, 64, rotate=True, align=True),
     "q4_centred": QuantSpec(4, 32, center=True),
-    "q4_two_level": QuantSpec(4, 32, rotate=True, two_level=True),
+    "q4_two_level": QuantSpec(4, 32, rotate=True, align=True, two_level=True),
     "q4_all_heads": QuantSpec(4, HEADS * 64),
     "q2": QuantSpec(2, 16, rotate=True),
     "q2_symmetric": QuantSpec(2, 64, symmetric=True),
@@ -90,7 +90,7 @@ def test_a_cache_written_by_the_kernel_is_the_same(migration: Migration, monkeyp
 
     expected, calls = run(), []
 
-    def interpreted(held: Tokens, fmt: Any, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
+    def interpreted(held: Tokens, fmt: Any, new: jax.Array, slots: jax.Array, layer: Index, implementation: Any) -> Tokens:
         if pallas_write.refusal(fmt, *new.shape[2:]):
             return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
         calls.append(fmt)
@@ -112,6 +112,11 @@ def test_append_lowers_for_cuda_with_one_kernel_a_side(precision: str, gpu: None
     step = appended(KvCacheConfig(16, max_tokens=4096, num_kv_heads=2, head_dim=128, store_precision=precision))
     assert lowered(*step).count(KERNEL) == 2
     assert KERNEL not in lowered(*step, platform="cpu")
+    step, *rest = step
+    assert KERNEL not in lowered(lambda *args: jaxkv.append(*args, implementation="xla"), *rest)
+    assert (
+        lowered(jax.vmap(step), *(jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), x) for x in rest)).count(KERNEL) == 2
+    )
 
 
 def test_append_lowers_for_cuda_without_the_kernel_where_it_cannot_write(gpu: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 for needed in ("gguf", "tokenizers", "tqdm"):
@@ -18,7 +19,7 @@ def test_quick_mode_fails_on_worse_codes() -> None:
     bounds = quality.QUICK
     good = {name: {"kl": kl, "bits_per_element": bits} for name, (kl, bits) in bounds.items()}
     quality.check_quick(good)
-    for worse in ({"kl": 0.0036, "bits_per_element": 4.5}, {"kl": 0.001, "bits_per_element": 4.6}):
+    for worse in ({"kl": 0.0036, "bits_per_element": 4.5}, {"kl": 0.001, "bits_per_element": 4.6}, {"kl": np.nan, "bits_per_element": 4.5}):
         with pytest.raises(SystemExit, match="Q4"):
             quality.check_quick({**good, "Q4": worse})
 

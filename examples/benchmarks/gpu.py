@@ -99,8 +99,9 @@ def unlike(precision: Precision, model: tuple[int, int, int], interpret: bool) -
     new = query_of(2 * 64, heads, head_dim).astype(jnp.float32).reshape(2, 64, heads, head_dim)
     slots = jnp.tile(jnp.arange(64, dtype=jnp.int32), (2, 1))
     found = pallas_write.write(held, spec, new, slots, None, interpret=interpret)
-    wanted = tokens.write(held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), slots, None)
-    return float((found.data != wanted.data).mean())
+    portable = jax.jit(lambda held, new: tokens.write(held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), slots, None))
+    wanted = portable(held, new)
+    return max(float((a != b).mean()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
 
 
 def check(interpret: bool) -> dict[str, float]:
@@ -114,7 +115,7 @@ def check(interpret: bool) -> dict[str, float]:
         f"{name}_{p.value}_write": unlike(p, model, interpret) for name, model in models.items() for p in PRECISIONS if p.is_quantized
     }
     for name, share in writes.items():
-        print(f"{name}: {share:.1e} of the words stored unlike XLA")
+        print(f"{name}: {share:.1e} of the words or scales stored unlike XLA")
         assert share < 1e-3, name
     return found | writes
 
@@ -185,7 +186,7 @@ def measure(budget: float) -> dict[str, Any]:
             "cudnn": lambda a=(model, batch, length): time_cudnn(*a),
             "torch": lambda a=(model, batch, length): time_torch(*a),
         }
-        ours = {p.value: (lambda p=p, a=(model, batch, length): time_attend(p, *a, None)) for p in PRECISIONS}
+        ours = {p.value: (lambda p=p, a=(model, batch, length): time_attend(p, *a, "pallas")) for p in PRECISIONS}
         for name, timed in (peers | ours).items():
             try:
                 row[name] = timed()

@@ -165,7 +165,8 @@ def speed(found: dict[str, Any]) -> str:
 
 
 def cell(times: dict[str, float], name: str) -> str:
-    return f"{times[name]:.2f} ({times[name] / times['torch bf16']:.2f})" if name in times else ""
+    ratio = f" ({times[name] / times['torch bf16']:.2f})" if name in times and "torch bf16" in times else ""
+    return f"{times[name]:.2f}{ratio}" if name in times else ""
 
 
 def sections() -> dict[str, str]:
@@ -174,7 +175,8 @@ def sections() -> dict[str, str]:
         if (RESULTS / file).exists():
             found[name] = write(json.loads((RESULTS / file).read_text()))
     on_gpus = [measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))]
-    found["gpu"] = "\n\n".join([found.get("gpu", ""), *on_gpus])
+    if on_gpus:
+        found["gpu"] = "\n\n".join([found["gpu"]] * ("gpu" in found) + on_gpus)
     return found
 
 

@@ -31,10 +31,11 @@ class Chip:
 
 
 def bytes_per_token(precision: Precision, head_dim: int) -> float:
-    """Of one kv head: keys and values, and a scale and a zero point of 16 bits for each group of up to 64."""
+    """Of one kv head: keys and values, and a scale and a zero point of 16 bits for each group of up to 64 (8 bits: 128)."""
     if not precision.is_quantized:
         return 2 * 2.0 * head_dim
-    return 2 * (head_dim * bits(precision) / 8 + 4 * head_dim / min(64, head_dim))
+    group = min(128 if precision is Precision.Q8 else 64, head_dim)
+    return 2 * (head_dim * bits(precision) / 8 + 4 * head_dim / group)
 
 
 def bits(precision: Precision) -> int:

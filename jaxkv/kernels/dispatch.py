@@ -94,8 +94,12 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
     return None
 
 
-def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index) -> Tokens:
-    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring drops its token."""
+def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index, implementation: Implementation) -> Tokens:
+    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring drops its token.
+
+    By the kernel on NVIDIA GPUs unless `implementation` is "xla"; what it cannot write, XLA does.
+    """
+    check_implementation(implementation)
 
     def portable(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
         return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
@@ -104,7 +108,7 @@ def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: In
         assert isinstance(fmt, QuantSpec)
         return pallas_write.write(held, fmt, new, slots, layer)
 
-    if pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held) or platform.no_gpu():
+    if implementation == "xla" or pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held) or platform.no_gpu():
         return portable(held, new, slots)
     found: Tokens = lax.platform_dependent(held, new, slots, cuda=kernel, default=portable)
     return found

@@ -2,7 +2,7 @@
 
 XLA makes some thirty kernels of this, since every reduction over a group ends one; a step that moves one token is then all launches. Here a
 program takes one token (and one head, where scales are a head's own), and its groups stay in registers. It runs the very functions of
-`codec`, which give the same bits in every program.
+`codec`, which give the same bits in every program, but for the last bit of Triton's divisions.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
 
 
 def name() -> str:
-    """The platform: that of an abstract device, which stands for one that is elsewhere, or the default backend."""
+    """The platform: that of a mesh's device, which may be elsewhere, or the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     found = jax.default_backend() if device is None else device.platform
     return "gpu" if found == "cuda" else found
@@ -25,8 +25,8 @@ def no_gpu() -> str | None:
     """Why no NVIDIA GPU can be compiled for here, or None."""
     if name() != "gpu":
         return f"it runs on NVIDIA GPUs, not on {name()}"
-    if jax.sharding.get_abstract_mesh().abstract_device is not None:
-        return None
+    if jax.default_backend() != "gpu":
+        return None  # an abstract device stands for one elsewhere
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     try:
         enough = float(capability) >= LEAST_CAPABILITY

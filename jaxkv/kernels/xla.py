@@ -30,8 +30,8 @@ XLA:CPU splits an operation on more of them between its threads, which costs mor
 program that stays on one core takes 6 ms, one whose every operation uses two takes 8.
 """
 
-ACCELERATOR_BYTES = 2**24
-"""The codes of a block everywhere but on CPUs, where each of its two dozen operations is a launch and each turn of the loop a wait."""
+LAUNCHED = 2**24, 2**22
+"""The bytes and the scores of a block everywhere but on CPUs: each of two dozen operations is a launch, each turn of the loop a wait."""
 
 Visible = Callable[[jax.Array, Index], jax.Array]
 """positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...] where one is named."""
@@ -110,8 +110,8 @@ def _attend(
 def _block_size(part: Segment, query: jax.Array) -> int:
     """Slots per block, whole groups of tokens."""
     rows, tile = query.size // query.shape[-1], _slot_bytes(part, query)
-    most = min(TILE_BYTES // tile, max(SLOTS[1], SCORES // rows)) if platform.name() == "cpu" else ACCELERATOR_BYTES // tile
-    size = max(SLOTS[0], most)
+    bytes_, scores = (TILE_BYTES, SCORES) if platform.name() == "cpu" else LAUNCHED
+    size = max(SLOTS[0], min(bytes_ // tile, max(SLOTS[1], scores // rows)))
     return min(part.spec.capacity, max(size // part.spec.group, 1) * part.spec.group)
 
 
