@@ -20,7 +20,6 @@ CACHES: dict[str, dict[str, Any]] = {
     "Q4": {},
     "Q2": {"store_precision": "q2"},
     "BF16": {"tail_precision": "bf16", "store_precision": "bf16"},
-    "FP16": {"store_precision": "fp16"},
 }
 
 
