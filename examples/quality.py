@@ -31,7 +31,7 @@ from texts import TEXTS, read_text
 from tqdm import tqdm
 
 import jaxkv
-from jaxkv import Migration, Precision, QuantSpec
+from jaxkv import Precision, QuantSpec
 
 RESULTS = pathlib.Path(__file__).parent / "benchmarks" / "results" / "quality.json"
 SECTIONS = ("sweep", "bias", "greedy", "passkey")
@@ -39,7 +39,7 @@ TAIL = 128
 PART = 4  # windows that are read at once, scored and saved
 QUICK = {"Q8": (1e-4, 8.5), "Q4": (0.0035, 4.5), "K4V2": (0.012, 3.5), "Q2": (0.045, 2.5)}
 """What --quick reads, with bounds a little above what was measured: KL and bits an element. Perplexity says less at 512 tokens."""
-CACHES_OF_BIAS = ("Q4", "FP16", "K8V4", "Q4_PLAIN64", "K4C_V4")
+CACHES_OF_BIAS = ("Q4", "FP16", "K8V4", "Q4_PLAIN64", "Q4_BIAS")
 
 
 def pair(bits: int, group_size: int, **flags: Any) -> dict[str, Any]:
@@ -50,13 +50,11 @@ def pair(bits: int, group_size: int, **flags: Any) -> dict[str, Any]:
 def named_caches(model: llama.LlamaConfig, max_tokens: int) -> dict[str, jaxkv.KvCacheConfig]:
     """Every cache that is measured: the presets, and what they were chosen over."""
     shape = {"max_tokens": max_tokens, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
-    sinks, grouped = {"sink_tokens": 64}, {"migration": Migration.BATCHED, "migration_batch": 32}
-    per_channel, fine = QuantSpec(4, 32, axis="channel"), QuantSpec(4, 32, rotate=True, align=True)
-    aligned = QuantSpec(4, 64, rotate=True, align=True)
+    sinks = {"sink_tokens": 64}
+    aligned, fine = (QuantSpec(4, group, rotate=True, align=True) for group in (64, 32))
     others: dict[str, dict[str, Any]] = {
         "Q4_TAIL0": {"tail_length": 0},
         "K8V4": {"key_quant": QuantSpec(8, 64), "value_quant": aligned},
-        "K4C_V4": {"key_quant": per_channel, "value_quant": aligned} | sinks | grouped,
         "K4G32_V4": {"key_quant": fine, "value_quant": aligned} | sinks,
         "Q2_G32": pair(2, 32, rotate=True, align=True) | sinks,
         "Q4_ROTATED": pair(4, 64, rotate=True),

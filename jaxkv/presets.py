@@ -17,8 +17,18 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "FP16": (dict(store_precision=Precision.FP16), "No quantization; what the others are measured against."),
     "Q8": (dict(store_precision=Precision.Q8), "When nothing may be lost: half the memory, no measurable difference."),
     "Q4": (dict(store_precision=Precision.Q4), "The default: 28 % of the memory, a loss that few tasks notice."),
-    "Q4_SINKS": (dict(store_precision=Precision.Q4, sink_tokens=64), "The best 4 bits: the first 64 tokens stay exact."),
+    "Q4_SINKS": (dict(store_precision=Precision.Q4, sink_tokens=64), "The best 4.5 bits: the first 64 tokens stay exact."),
     "Q4K": (dict(store_precision=Precision.Q4K), "Smaller groups at the price of Q4's: for models with wide outliers."),
+    "Q4_BIAS": (
+        dict(
+            key_quant=QuantSpec(4, 32, axis="channel"),
+            value_quant=_coded(4),
+            migration=Migration.BATCHED,
+            migration_batch=32,
+            sink_tokens=64,
+        ),
+        "For large key biases, as Qwen2 has them: keys per channel. The least loss at 4 bits elsewhere, too.",
+    ),
     "K4V2": (
         dict(key_quant=_coded(4), value_quant=_coded(2), sink_tokens=64),
         "A fifth of the memory: values bear 2 bits, keys do not.",

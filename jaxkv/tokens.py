@@ -217,39 +217,43 @@ def only(x: jax.Array, row: Index) -> jax.Array:
     return x if row is None else lax.dynamic_slice_in_dim(x, row, 1)
 
 
-def flattened(tokens: Tokens) -> Tokens:
-    """The tokens with `data` [..., B, K, S * W], as `block` takes them.
+def flattened(tokens: Tokens, by_row: bool = False) -> Tokens:
+    """The tokens with `data` [..., B, K, S * W], as `block` takes them; for single rows [..., B * K, S * W].
 
-    A single row of a stack of layers goes without its axis: XLA:CPU copies [L, 1, K, S, W] to flatten it.
+    A single row of a stack of layers goes without its axis: XLA:CPU copies [L, 1, K, S, W] to flatten it, as it does [B, 1, S, W] in a loop
+    over rows.
     """
     *lead, slots, width = tokens.data.shape
-    lead = [lead[0], lead[2]] if len(lead) == 3 and lead[1] == 1 else lead
+    if by_row:
+        lead = [*lead[:-2], lead[-2] * lead[-1]]
+    elif len(lead) == 3 and lead[1] == 1:
+        lead = [lead[0], lead[2]]
     return dataclasses.replace(tokens, data=tokens.data.reshape(*lead, slots * width))
 
 
-def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, layer: Index, row: Index = None) -> Tokens:
+def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, heads: int, layer: Index, row: Index = None) -> Tokens:
     """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W]; of one row where one is named.
 
     Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
     """
     group, width = channel_group(fmt), flat.data.shape[-1] // capacity
 
-    def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int) -> jax.Array | None:
+    def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int, of_a_row: int = 1) -> jax.Array | None:
         if array is None:
             return None
         lead = 0 if layer is None else 1
         starts, shape = [jnp.int32(0)] * array.ndim, list(array.shape)
         starts[axis], shape[axis] = begin, length
         if row is not None:
-            starts[lead], shape[lead] = jnp.int32(row), 1
+            starts[lead], shape[lead] = jnp.int32(row) * of_a_row, of_a_row
         if lead:
             starts[0], shape[0] = jnp.int32(layer), 1
         found = lax.dynamic_slice(array, starts, shape)
         return found.squeeze(0) if lead else found
 
-    data = cut(flat.data, -1, start * width, size * width)
+    data = cut(flat.data, -1, start * width, size * width, heads)
     assert data is not None
-    data = data.reshape(-1, *data.shape[-2:])
+    data = data.reshape(-1, heads, data.shape[-1])
     scale, zero_point, scale_unit, zero_unit = (
         cut(array, -1 if group == 1 else -2, start // group, size // group)
         for array in (flat.scale, flat.zero_point, flat.scale_unit, flat.zero_unit)

@@ -5,6 +5,7 @@ Batches are made large here by blocks that hold next to nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -63,3 +64,13 @@ def test_rows_apart_copy_nothing(shape: str, request: pytest.FixtureRequest) -> 
     apart = text()
     assert not test_hlo.sized_like_the_cache(apart, settings)
     assert apart.count(" while(") > together.count(" while(")
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_loop_over_rows_copies_nothing(heads: int) -> None:
+    """One kv head is a case of its own: XLA copied its tier for every row."""
+    config = dataclasses.replace(test_hlo.config("three_tiers", test_hlo.SLOTS[0]), num_kv_heads=heads)
+    state, query = jax.eval_shape(lambda: jaxkv.init(config, 3)), jax.ShapeDtypeStruct((3, 1, 4, 64), np.float32)
+    text = jax.jit(lambda *args: jaxkv.attend(*args)).lower(state, query).compile().as_text()
+    assert not test_hlo.sized_like_the_cache(text, config)

@@ -30,7 +30,7 @@ gather = jit(jaxkv.gather)
 
 def small(name: str) -> KvCacheConfig:
     """A preset whose store is all there is (but for the tail that groups of channels need): the other tiers are in "chain"."""
-    tail = 32 if name == "KIVI2" else 0
+    tail = 32 if name in ("KIVI2", "Q4_BIAS") else 0
     return jaxkv.preset(name, tail_length=tail, sink_tokens=0, max_tokens=64, num_kv_heads=K, head_dim=H)
 
 

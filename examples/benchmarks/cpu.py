@@ -37,9 +37,12 @@ SHAPES = {
     "MHA 32/32/64": (1, 32, 32, 64),
     "MQA 16/1/128": (1, 16, 1, 128),
     "GQA, 8 ragged rows": (8, 32, 8, 128),
+    "MHA, 8 ragged rows": (8, 32, 32, 64),
+    "MQA, 8 ragged rows": (8, 16, 1, 128),
 }
 jax.config.update("jax_num_cpu_devices", THREADS)
-LENGTHS = {"GQA 32/8/128": (1024, 4096, 16384, 65536), "GQA, 8 ragged rows": (8192,)}
+RAGGED = tuple(name for name, (batch, *_) in SHAPES.items() if batch > 1)
+LENGTHS = {"GQA 32/8/128": (1024, 4096, 16384, 65536)} | dict.fromkeys(RAGGED, (8192,))
 Call = Callable[[], Any]
 
 
@@ -73,8 +76,7 @@ def ours(shape: tuple[int, int, int, int], length: int) -> dict[str, Call]:
         config = KvCacheConfig(max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
         calls[f"jaxkv {name}"] = on_cores(config, lengths, query, THREADS)
         if name == "Q4":
-            state, attend = filled(config, lengths), jax.jit(jaxkv.attend)
-            calls["jaxkv Q4, one device"] = lambda attend=attend, state=state: attend(state, query)
+            calls["jaxkv Q4, one device"] = on_cores(config, lengths, query, 1)
     return calls
 
 

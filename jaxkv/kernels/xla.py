@@ -52,7 +52,7 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
     Returns:
       A Partial of shape [B, K, R], in the basis of the raw tokens.
     """
-    is_large = TILE_BYTES // _slot_bytes(part, query) <= SLOTS[0]
+    is_large = min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size) < SLOTS[1]
     if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
         return _attend(part, query, visible, adjust, newest, layer, None)
 
@@ -73,7 +73,8 @@ def _attend(
     spec, tier = part.spec, part.tier
     size = _block_size(part, query)
     never = part.high[0] == -1  # the compiler sees through `< 0` where positions are a maximum with 0
-    keys, values = tokens.flattened(tier.keys), tokens.flattened(tier.values)
+    keys, values = (tokens.flattened(half, row is not None) for half in (tier.keys, tier.values))
+    cut = {"size": size, "capacity": spec.capacity, "heads": query.shape[1], "layer": layer, "row": row}
     key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
     operand = key.query(query)
 
@@ -86,14 +87,14 @@ def _attend(
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
         seen = visible(own, row) & valid[:, None]
-        scores = key.scores(operand, tokens.block(keys, spec.key, start, size, spec.capacity, layer, row))
+        scores = key.scores(operand, tokens.block(keys, spec.key, start, **cut))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)
         scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
         # Never above 1, also where a platform computes a score twice with other rounding: its digits would start again at 0.
         weights, decay = jnp.exp(jnp.minimum(scores - new_top[..., None], 0)), jnp.exp(top - new_top)[..., None]
-        more = value.weigh(weights, tokens.block(values, spec.value, start, size, spec.capacity, layer, row), valid)
+        more = value.weigh(weights, tokens.block(values, spec.value, start, **cut), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
