@@ -152,6 +152,7 @@ def speed(found: dict[str, Any]) -> str:
             f"heads / head dim as given; in brackets the ratio to torch's fastest bfloat16 attention in the same run. {found['device']}, "
             f"{found['threads']} threads, jax {found['jax']} (`{found['command']}`):",
             table(["", *columns], rows),
+            "Our caches have a JAX device for each core (below); one device is JAX's default.",
             f"At 65,536 tokens: Q4 {long['jaxkv Q4']:.1f} ms, Q8 {long['jaxkv Q8']:.1f} ms, torch bf16 {long['torch bf16']:.1f} ms. "
             f"With 1,024 tokens held, a cache for 65,536 takes {large / small:.2f} times as long as one for 1,024; an append of one token "
             f"{appends_large / appends_small:.2f} times ({appends_large:.2f} ms). Attention's temporaries at 65,536 tokens: at most "
