@@ -69,8 +69,9 @@ def bias(found: dict[str, Any]) -> str:
     rows = [[name, *(f"{scores[case]:.4f}" for case in cases)] for name, scores in by_cache.items()]
     intro = "KL with a key bias, as Qwen2 has one, of norm 50 and 500 in every third layer, after and before the rotary embedding:"
     outro = (
-        "Before the embedding it is another model each time (perplexity 56 and 3,273, where unquantized fp16 loses 1.28 too). *Without it*: a "
-        "bias that is known need not be cached. Subtract it from the keys, and where it was rotated give what it adds to the scores as `bias`."
+        "Before the embedding it is another model each time (perplexity 56 and 3,273, where unquantized fp16 loses 1.28 too). "
+        "*Without it*: a bias that is known need not be cached. Subtract it from the keys, and where it was rotated give what it adds "
+        "to the scores as `bias`."
     )
     return f"{intro}\n\n{table(['cache', *cases], rows)}\n\n{outro}"
 
