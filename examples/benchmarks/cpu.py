@@ -17,7 +17,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -67,22 +67,22 @@ def lengths_of(batch: int, length: int) -> np.ndarray:
     return np.full(1, length) if batch == 1 else np.linspace(length // 4, length, batch).astype(np.int32)
 
 
-def ours(shape: tuple[int, int, int, int], length: int) -> dict[str, Call]:
+def ours(shape: tuple[int, int, int, int], length: int, caches: Iterable[str]) -> dict[str, Call]:
     """Each cache with a device for every core; Q4 on one device, too."""
     batch, heads, kv_heads, head_dim = shape
     lengths, query = lengths_of(batch, length), jax.random.normal(jax.random.key(0), (batch, 1, heads, head_dim))
     calls: dict[str, Call] = {}
-    for name, fields in CACHES.items():
-        config = KvCacheConfig(max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, **fields)
+    for name in caches:
+        config = KvCacheConfig(max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, **CACHES[name])
         calls[f"jaxkv {name}"] = on_cores(config, lengths, query, THREADS)
         if name == "Q4":
             calls["jaxkv Q4, one device"] = on_cores(config, lengths, query, 1)
     return calls
 
 
-def attention(shape: str, length: int, ggml: str | None, rounds: int) -> dict[str, float]:
+def attention(shape: str, length: int, ggml: str | None, rounds: int, caches: Iterable[str]) -> dict[str, float]:
     sizes = SHAPES[shape]
-    calls = ours(sizes, length) | peers_of(*sizes, lengths_of(sizes[0], length), THREADS, ggml)
+    calls = ours(sizes, length, caches) | peers_of(*sizes, lengths_of(sizes[0], length), THREADS, ggml)
     return medians(calls, rounds)
 
 
@@ -115,11 +115,11 @@ def migrations(length: int, steps: int = 256) -> dict[str, dict[str, float]]:
     return found
 
 
-def temporaries(length: int) -> dict[str, float]:
+def temporaries(length: int, caches: Iterable[str]) -> dict[str, float]:
     """Megabytes that a compiled attention needs besides its arguments and its result."""
     found = {}
-    for name, fields in CACHES.items():
-        state = jax.eval_shape(lambda fields=fields: jaxkv.init(KvCacheConfig(max_tokens=length, **fields)))
+    for name in caches:
+        state = jax.eval_shape(lambda fields=CACHES[name]: jaxkv.init(KvCacheConfig(max_tokens=length, **fields)))
         query = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32)
         found[name] = jax.jit(jaxkv.attend).lower(state, query).compile().memory_analysis().temp_size_in_bytes / 1e6
     return found
@@ -127,13 +127,13 @@ def temporaries(length: int) -> dict[str, float]:
 
 def run(quick: bool, ggml: str | None) -> dict[str, Any]:
     sizes = [(shape, length) for shape in SHAPES for length in LENGTHS.get(shape, (16384,))]
-    sizes, rounds = ([(next(iter(SHAPES)), 512)], 1) if quick else (sizes, 5)
+    sizes, rounds, caches = ([(next(iter(SHAPES)), 512)], 1, ("Q4",)) if quick else (sizes, 5, tuple(CACHES))
     found: dict[str, Any] = {"device": device_name(), "threads": THREADS, "jax": jax.__version__, "attention_ms": {}}
     for shape, length in tqdm(sizes, "attention"):
-        found["attention_ms"].setdefault(shape, {})[str(length)] = attention(shape, length, ggml, rounds)
+        found["attention_ms"].setdefault(shape, {})[str(length)] = attention(shape, length, ggml, rounds, caches)
     found["capacity_ms"] = capacity(1024, *((1024, 2048) if quick else (1024, 65536)))
     found["append_ms"] = migrations(1024 if quick else 16384)
-    found["temporaries_mb"] = temporaries(1024 if quick else 65536)
+    found["temporaries_mb"] = temporaries(1024 if quick else 65536, caches)
     return found
 
 
