@@ -48,7 +48,7 @@ from jaxkv import CacheState, KvCacheConfig, QuantSpec, codec
 
 
 @pytest.mark.slow
-@over({name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys")})
+@over({"bf16_q4_all_heads": FEW["bf16_q4_all_heads"]})
 def test_jit_changes_nothing(case: Case, rng: np.random.Generator) -> None:
     """jit == no jit: the same bits are stored, and outputs are equal but for rounding."""
     keys, values = random_tokens(rng, case, 12)
@@ -109,7 +109,7 @@ def test_vmap_is_a_loop(case: Case, rng: np.random.Generator) -> None:
         assert_within(np.abs(outs[i] - expected), bound)
 
 
-@over(FEW)
+@over({name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")})
 def test_shards_of_a_batch(case: Case, rng: np.random.Generator) -> None:
     """With the rows spread over devices, each device keeps its own, as one device would keep all."""
     case = dataclasses.replace(case, batch_size=4)
