@@ -5,7 +5,7 @@ to a word: a word's lowest bits hold the first part of the head dim, its highest
 kept in two's complement, `code - 2**(bits - 1)`, so that every part is masked out of the word as a small signed integer, ready for an
 integer product and without a shift (x86 has no byte shift; masking alone halved the time of unpacking).
 
-Every step here gives the same bits in every program: sums are butterflies of fixed order, factors are powers of two, so that a fused
+Every step here gives the same bits in every program (`arithmetic`): sums are of integers, factors are powers of two, so that a fused
 multiply-add rounds as its parts do, or products stand alone, and constants multiply (XLA divides by them in some programs and multiplies by
 their inverse in others). What is stored therefore does not depend on how tokens arrived.
 """
@@ -13,12 +13,11 @@ their inverse in others). What is stored therefore does not depend on how tokens
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxkv.arithmetic import alone, nearest
 from jaxkv.config import QuantSpec
 
 SCALE_DTYPE = jnp.float16
@@ -79,7 +78,7 @@ def _unit(x: jax.Array, most: int) -> jax.Array:
 
 def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.Array:
     assert unit is not None
-    return _nearest(x / unit, least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
+    return nearest(x / unit, least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
 
 
 def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +89,7 @@ def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) 
     extent, cut = high - low, CUT[spec.bits]
     scale = _rounded(extent * (1 / spec.levels))
     best = scale, _half(low), _error(spec, x, scale, _half(low), scale)
-    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + _alone(extent * cut))
+    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + alone(extent * cut))
     best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
     for _ in range(FITS[spec.bits]):
         fitted = _fit(spec, x, low, extent, *best[:2])
@@ -106,20 +105,15 @@ def _fit(
     Means of codes are taken apart into whole and rest: for groups of thousands the products of sums would not fit int32.
     """
     unit = extent * 2.0**-12
-    whole = _nearest((x - low) / jnp.where(extent > 0, unit, 1.0), 0, 2**12)
+    whole = nearest((x - low) / jnp.where(extent > 0, unit, 1.0), 0, 2**12)
     codes, size = _codes(spec, x, scale, zero_point), x.shape[-1]
     sum_codes, sum_whole, sum_both, sum_squares = (a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes))
     mean = sum_codes // size
     rest = (sum_codes - mean * size).astype(jnp.float32) * (1 / size)
-    spread = (sum_squares - mean * sum_codes).astype(jnp.float32) - _alone(rest * sum_codes)
-    slope = ((sum_both - mean * sum_whole).astype(jnp.float32) - _alone(rest * sum_whole)) / jnp.where(spread > 0, spread, 1.0)
+    spread = (sum_squares - mean * sum_codes).astype(jnp.float32) - alone(rest * sum_codes)
+    slope = ((sum_both - mean * sum_whole).astype(jnp.float32) - alone(rest * sum_whole)) / jnp.where(spread > 0, spread, 1.0)
     fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope * unit), scale)
-    return fitted, _half(low + _alone((_alone(sum_whole * unit) - _alone(fitted * sum_codes)) * (1 / size)))
-
-
-def _alone(product: jax.Array) -> jax.Array:
-    """A product that cannot melt into the sum that follows, which one program would round once and another twice."""
-    return jnp.clip(product, -3e38, 3e38)
+    return fitted, _half(low + alone((alone(sum_whole * unit) - alone(fitted * sum_codes)) * (1 / size)))
 
 
 _Fit = tuple[jax.Array, jax.Array, jax.Array]  # scale, zero point, error
@@ -133,22 +127,12 @@ def _better(old: _Fit, new: _Fit) -> _Fit:
 def _error(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array, unit: jax.Array) -> jax.Array:
     """The squared error of groups [..., g] in 64ths of a unit, int32 [..., 1]."""
     missed = x - (_codes(spec, x, scale, zero_point) * scale + zero_point)
-    whole = _nearest(missed * (64 / unit), -1024, 1024)
+    whole = nearest(missed * (64 / unit), -1024, 1024)
     return (whole * whole).sum(-1, keepdims=True)
 
 
 def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    return _nearest((x - zero_point) / scale, 0, spec.levels)
-
-
-def _nearest(x: jax.Array, least: int, most: int) -> jax.Array:
-    """The whole numbers [least, most] nearest to x, ties to even, int32.
-
-    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum. NaN
-    counts as `least`.
-    """
-    counted = jnp.minimum(jnp.where(x > least, x, least), most) + 1.5 * 2.0**23
-    return lax.bitcast_convert_type(counted, jnp.int32) - 0x4B400000
+    return nearest((x - zero_point) / scale, 0, spec.levels)
 
 
 def _half(x: jax.Array) -> jax.Array:
@@ -232,79 +216,3 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     low = [(wide >> (bits * i)) & (2**bits - 1) for i in range(count - 1)]
     top = (wide >> (bits * (count - 1))) + 2 ** (bits - 1)
     return jnp.concatenate([*low, top], axis=-1)
-
-
-def hadamard_block(head_dim: int) -> int:
-    """The largest power of two that divides `head_dim`: the size of the blocks that are rotated."""
-    return head_dim & -head_dim
-
-
-def hadamard(x: jax.Array) -> jax.Array:
-    """A block-diagonal Hadamard transform of the last axis, Sylvester order, times a power of two.
-
-    The factor is that nearest below `1 / sqrt(block)`, so that it is exact; `hadamard(inverse_hadamard(x)) == x` but for rounding.
-    Source: QuaRot (Ashkboos et al. 2024).
-    """
-    block = hadamard_block(x.shape[-1])
-    return _butterfly(x, block) * 2.0 ** -math.ceil(math.log2(block) / 2)
-
-
-def inverse_hadamard(x: jax.Array) -> jax.Array:
-    """The inverse (and, for queries, the transpose of the inverse) of `hadamard`."""
-    block = hadamard_block(x.shape[-1])
-    return _butterfly(x, block) * 2.0 ** -math.floor(math.log2(block) / 2)
-
-
-def _butterfly(x: jax.Array, block: int) -> jax.Array:
-    """Sums and differences over all bits of an element's index in its block, the highest first; each stage moves it to the lowest place."""
-    pairs = x.reshape(*x.shape[:-1], -1, block)
-    for _ in range(block.bit_length() - 1):
-        first, second = jnp.split(pairs, 2, axis=-1)
-        pairs = jnp.stack([first + second, first - second], axis=-1).reshape(pairs.shape)
-    return pairs.reshape(x.shape)
-
-
-def mirror_of(mean: jax.Array) -> jax.Array:
-    """The vector v [..., H] whose reflection turns the direction of `mean` [..., H] into that of a constant vector; 0 for a mean of 0.
-
-    Its elements have 11 significant bits, as `reflect` needs.
-    """
-    most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
-    whole = jnp.round(mean * (127 / jnp.where(most > 0, most, 1.0)))  # small integers: sums of their squares are exact
-    norm = jnp.sqrt(jnp.sum(whole * whole, axis=-1, keepdims=True))
-    side = jnp.where(jnp.sum(whole, axis=-1, keepdims=True) < 0, -1.0, 1.0)
-    v = side * whole / jnp.where(norm > 0, norm, 1.0) - mean.shape[-1] ** -0.5
-    return jnp.where(norm > 0, v.astype(jnp.float16).astype(jnp.float32), 0.0)
-
-
-def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
-    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (as `mirror_of` gives it; 0 leaves x as it is).
-
-    Its own inverse but for rounding, and the same bits in every program: factors go in halves of 12 bits, so that no product is rounded.
-    """
-    dot = sum((tree_sum(half * v, -1) for half in _halves(x)), jnp.zeros(()))
-    # Clipped so that the product cannot melt into the subtraction by which it is halved.
-    first, second = _halves(_alone(_per_square(v) * dot))
-    return x - v * first - v * second
-
-
-def _per_square(v: jax.Array) -> jax.Array:
-    square = tree_sum(v * v, -1)
-    return jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
-
-
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Floats as sums of two of 12 significant bits."""
-    first = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
-    return first, x - first
-
-
-def tree_sum(x: jax.Array, axis: int) -> jax.Array:
-    """The sum along an axis, kept with size 1, added in one fixed order whatever surrounds it."""
-    x = jnp.moveaxis(x, axis, -1)
-    lacking = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacking)]) if lacking else x
-    while x.shape[-1] > 1:
-        first, second = jnp.split(x, 2, axis=-1)
-        x = first + second
-    return jnp.moveaxis(x, -1, axis)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import codec
+from jaxkv import arithmetic, codec, rotation
 from jaxkv.config import Format, Precision, QuantSpec, channel_group
 
 Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
@@ -82,13 +82,13 @@ class Basis:
 
     fmt: Format
     mean: jax.Array | None = None  # [B, K, H]
-    mirror: jax.Array | None = None  # [B, K, H], see `codec.mirror_of`
+    mirror: jax.Array | None = None  # [B, K, H], see `rotation.mirror_of`
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Tokens [B, T, K, H] float32, to be quantized. The same bits in every program."""
         x = x if self.mean is None else x - self.mean[:, None]
-        x = codec.hadamard(x) if self._rotates else x
-        return x if self.mirror is None else codec.reflect(x, self.mirror[:, None])
+        x = rotation.hadamard(x) if self._rotates else x
+        return x if self.mirror is None else rotation.reflect(x, self.mirror[:, None])
 
     def leave(self, x: jax.Array) -> jax.Array:
         """The inverse of `enter`."""
@@ -97,8 +97,8 @@ class Basis:
 
     def query(self, query: jax.Array) -> jax.Array:
         """Queries [B, K, R, H] so that their products with tokens in this basis are those with `token - mean`."""
-        query = codec.inverse_hadamard(query) if self._rotates else query
-        return query if self.mirror is None else codec.reflect(query, self.mirror[:, :, None])
+        query = rotation.inverse_hadamard(query) if self._rotates else query
+        return query if self.mirror is None else rotation.reflect(query, self.mirror[:, :, None])
 
     def output(self, out: jax.Array, total: jax.Array) -> jax.Array:
         """Sums of values [B, K, R, H] with weights that add up to `total` [B, K, R], back among raw tokens."""
@@ -114,8 +114,8 @@ class Basis:
         return isinstance(self.fmt, QuantSpec) and self.fmt.rotate
 
     def _turn_back(self, x: jax.Array, mirror: jax.Array | None) -> jax.Array:
-        x = x if mirror is None else codec.reflect(x, mirror)
-        return codec.inverse_hadamard(x) if self._rotates else x
+        x = x if mirror is None else rotation.reflect(x, mirror)
+        return rotation.inverse_hadamard(x) if self._rotates else x
 
 
 SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
@@ -131,8 +131,8 @@ def new_mirror(tokens: Tokens, fmt: Format, first: jax.Array, where: jax.Array, 
     """The tokens' mirrors, those of rows `where` [B] made anew from some of their first tokens [B, n, K, H]."""
     old = basis_of(tokens, fmt, layer)
     assert tokens.mirror is not None and old.mirror is not None
-    total = codec.tree_sum(dataclasses.replace(old, mirror=None).enter(first.astype(jnp.float32)), 1)[:, 0]
-    mirror = jnp.where(where[:, None, None], codec.mirror_of(total), old.mirror)
+    total = arithmetic.tree_sum(dataclasses.replace(old, mirror=None).enter(first.astype(jnp.float32)), 1)[:, 0]
+    mirror = jnp.where(where[:, None, None], rotation.mirror_of(total), old.mirror)
     return mirror if layer is None else tokens.mirror.at[layer].set(mirror)
 
 

@@ -13,7 +13,7 @@ import pytest
 from lowering import KERNEL, lowered
 
 import jaxkv
-from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, codec, tokens
+from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, rotation, tokens
 from jaxkv.kernels import dispatch, pallas_write
 from jaxkv.tokens import Index, Tokens
 
@@ -44,7 +44,7 @@ def held(rng: np.random.Generator, spec: QuantSpec, lead: tuple[int, ...]) -> To
     return dataclasses.replace(
         full,
         mean=None if full.mean is None else direction,
-        mirror=None if full.mirror is None else codec.mirror_of(direction),
+        mirror=None if full.mirror is None else rotation.mirror_of(direction),
     )
 
 

@@ -119,8 +119,8 @@ class Side:
         return None
 
     def offset(self, refs: Refs, block: Block, kind: Kind) -> jax.Array:
-        """The offsets [S] of a kind."""
-        raise NotImplementedError
+        """The offsets [S] of a kind; floats have none."""
+        return jnp.zeros(block.slot.shape)
 
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
         """The terms [S, padded(size)] bfloat16 of every tile, zeros beyond `size`."""

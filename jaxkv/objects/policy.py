@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import enum
 from typing import ClassVar
@@ -18,20 +19,20 @@ class CacheTier(enum.StrEnum):
     COLD = "cold"
 
 
-class CacheQuantization:
+class CacheQuantization(abc.ABC):
     """The policies: `HighPrecisionTail`, `QuantizedStore` and `Hybrid`, the default."""
 
     HighPrecisionTail: ClassVar[type[HighPrecisionTail]]
     QuantizedStore: ClassVar[type[QuantizedStore]]
     Hybrid: ClassVar[type[Hybrid]]
 
+    @abc.abstractmethod
     def applied_to(self, config: KvCacheConfig) -> KvCacheConfig:
         """The configuration of a cache made with `config`, under this policy.
 
         Raises:
           ValueError: the policy asks for more tokens than `config.max_tokens`, or for tiers that the rest of `config` rules out.
         """
-        raise NotImplementedError
 
     @staticmethod
     def of(config: KvCacheConfig) -> CacheQuantization:

@@ -1,0 +1,39 @@
+"""Arithmetic that gives the same bits in every program, whatever XLA fuses, rewrites or contracts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def alone(product: jax.Array) -> jax.Array:
+    """A product that cannot melt into the sum that follows, which one program would round once and another twice."""
+    return jnp.clip(product, -3e38, 3e38)
+
+
+def nearest(x: jax.Array, least: int, most: int) -> jax.Array:
+    """The whole numbers [least, most] nearest to x, ties to even, int32.
+
+    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum. NaN
+    counts as `least`.
+    """
+    counted = jnp.minimum(jnp.where(x > least, x, least), most) + 1.5 * 2.0**23
+    return lax.bitcast_convert_type(counted, jnp.int32) - 0x4B400000
+
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Floats as sums of two of 12 significant bits."""
+    first = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
+    return first, x - first
+
+
+def tree_sum(x: jax.Array, axis: int) -> jax.Array:
+    """The sum along an axis, kept with size 1, added in one fixed order whatever surrounds it."""
+    x = jnp.moveaxis(x, axis, -1)
+    lacking = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacking)]) if lacking else x
+    while x.shape[-1] > 1:
+        first, second = jnp.split(x, 2, axis=-1)
+        x = first + second
+    return jnp.moveaxis(x, -1, axis)

@@ -1,0 +1,54 @@
+"""The whole cache in NumPy, slow and obvious at sight: what the fast code is tested against.
+
+A row is a Python list of all its tokens since the last `clear` (a token's index is its position), each as it
+was given and as every tier that it has entered gives it back, plus one number per tier: the first position
+whose data is still there. All the rest is derived from these by the rules in `_starts`: which tier holds a
+token, what is evicted. One layer, no jit. Verbs take a state first and return a new one.
+"""
+
+from jaxkv.reference.attention import Options, attend, attention_and_lse, exact_attention, prefill
+from jaxkv.reference.cache import (
+    ReferenceState,
+    Row,
+    append,
+    clear,
+    counts,
+    evict,
+    first_positions,
+    gather,
+    held,
+    init,
+    migrate,
+    rewind,
+    take_rows,
+)
+from jaxkv.reference.formats import FLOATS, from_groups, mirror_of, quantize_groups, reflect, represent, rotate, to_groups
+
+__all__ = [
+    "FLOATS",
+    "Options",
+    "ReferenceState",
+    "Row",
+    "append",
+    "attend",
+    "attention_and_lse",
+    "clear",
+    "counts",
+    "evict",
+    "exact_attention",
+    "first_positions",
+    "from_groups",
+    "gather",
+    "held",
+    "init",
+    "migrate",
+    "mirror_of",
+    "prefill",
+    "quantize_groups",
+    "reflect",
+    "represent",
+    "rewind",
+    "rotate",
+    "take_rows",
+    "to_groups",
+]

@@ -1,0 +1,222 @@
+"""The state, what it holds, and the verbs that change it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxkv.config import KvCacheConfig, Precision, QuantSpec
+from jaxkv.reference.formats import Array, mirror_of, represent
+
+
+@dataclasses.dataclass
+class Row:
+    """One sequence of tokens, and where their data is."""
+
+    tokens: list[list[Array]]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
+    kept: list[int]  # [tier]: the first position whose data is still there
+    mirrors: list[Array]  # [tier]: of keys and values [2, K, H]; zeros where nothing is aligned
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceState:
+    """The rows of a batch and the configuration they share."""
+
+    config: KvCacheConfig
+    rows: tuple[Row, ...]
+
+
+def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
+    """An empty cache."""
+    kept = [config.sink_tokens] * len(config.chain)
+    mirrors = [np.zeros((2, config.num_kv_heads, config.head_dim), np.float32)] * len(config.chain)
+    return ReferenceState(config, tuple(Row([], list(kept), list(mirrors)) for _ in range(batch_size)))
+
+
+def _starts(config: KvCacheConfig, row: Row) -> list[int]:
+    """Each tier's first position: tier i holds [starts[i], starts[i - 1]), the first tier up to the end."""
+    last = len(config.chain) - 1
+    above = max(row.end, config.sink_tokens)
+    begin = min(above, max(above - config.room, row.kept[last]))  # what comes before it is evicted
+    starts = []
+    for i, tier in enumerate(config.chain):
+        due = _batch_start(config, above - tier.length)  # what comes before it has to leave this tier
+        above = begin if i == last else min(above, max(due, row.kept[i], begin))
+        starts.append(above)
+    return starts
+
+
+def _batch_start(config: KvCacheConfig, position: int) -> int:
+    """The first position of the batch of tokens, moved together, that contains `position`."""
+    return position - (position - config.sink_tokens) % config.step
+
+
+def _settle(config: KvCacheConfig, row: Row) -> None:
+    """Lets every token that is due enter the tiers below, and forgets what the rings have overwritten."""
+    starts = _starts(config, row)
+    tops = [row.end, *starts[:-1]]
+    for i, (tier, start, top) in enumerate(zip(config.chain, starts, tops, strict=True)):
+        for first in range(_batch_start(config, start), top - tier.group + 1, tier.group):
+            group = range(first, first + tier.group)
+            if top > row.kept[i] and any(len(row.tokens[p]) == i + 1 for p in group):
+                if i == len(config.chain) - 1 and not any(len(token) > i + 1 for token in row.tokens[row.kept[i] :]):
+                    row.mirrors[i] = _mirrors(config, row, i)
+                for p in group:
+                    if i and p < row.kept[i - 1]:  # evicted and gone: the oldest token that is there takes its place
+                        row.tokens[p] = row.tokens[row.kept[i - 1]][: i + 1]
+                _enter([row.tokens[p] for p in group], i, (tier.key, tier.value), row.mirrors[i])
+        row.kept[i] = max(row.kept[i], top - tier.capacity)
+
+
+def _enter(group: list[list[Array]], tier: int, formats: Sequence[Precision | QuantSpec], mirror: Array) -> None:
+    """Adds to tokens what a tier gives back for them; `formats` of keys and values, `mirror` [2, K, H]."""
+    given = np.stack([token[tier] for token in group])
+    sides = [represent(given[:, side], fmt, mirror[side]) for side, fmt in enumerate(formats)]
+    for token, pair in zip(group, np.stack(sides, axis=1), strict=True):
+        token[tier + 1 :] = [pair]
+
+
+def _mirrors(config: KvCacheConfig, row: Row, tier: int) -> Array:
+    given, spec = np.stack([row.tokens[p][tier] for p in first_positions(config, row, tier)]), config.chain[tier]
+    return np.stack([mirror_of(given[:, 0], spec.key), mirror_of(given[:, 1], spec.value)])
+
+
+def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
+    """The tokens that an empty tier is aligned by: those in the tier above when the first of them leaves it.
+
+    Four are left out: attention heads dump their weight on the first of a row, and these look like no other.
+    """
+    size = min(128, config.chain[tier - 1].length) if tier else 1
+    skip = min(max(4 - config.sink_tokens, 0), size - 1)
+    return range(row.kept[tier] + skip, row.kept[tier] + size)
+
+
+def held(state: ReferenceState, row: int) -> dict[int, Array]:
+    """Key and value [2, K, H] of every token that a row holds, by position, oldest first."""
+    tokens, starts = state.rows[row].tokens, _starts(state.config, state.rows[row])
+    found = {position: tokens[position][1] for position in range(min(len(tokens), state.config.sink_tokens))}
+    for position in range(starts[-1], len(tokens)):
+        tier = next(i for i, start in enumerate(starts) if position >= start)
+        found[position] = tokens[position][1 + tier]
+    return found
+
+
+# The verbs.
+
+
+def append(state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None) -> ReferenceState:
+    """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the other."""
+    config = state.config
+    pairs = np.stack([keys, values], axis=2).astype(np.float32)  # [B, T, 2, K, H]
+    state = _copy(state)
+    for row, new, length in zip(state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True):
+        for t in range(length):
+            row.tokens.append([new[t]])
+            if row.end <= config.sink_tokens:
+                _enter(row.tokens[-1:], 0, [config.sink_precision] * 2, new[t])
+            _settle(config, row)
+    return state
+
+
+def migrate(state: ReferenceState) -> ReferenceState:
+    """Moves what is due: nothing, since `append` leaves nothing due."""
+    return _copy(state)
+
+
+def evict(state: ReferenceState, count: ArrayLike) -> ReferenceState:
+    """Drops the `count` oldest tokens of each row's chain."""
+    state = _copy(state)
+    for row, number in zip(state.rows, per_row(state, count), strict=True):
+        begin = _starts(state.config, row)[-1]
+        _check_count(number, most=max(0, row.end - begin))
+        if number:
+            row.kept[-1] = max(row.kept[-1], begin + number)
+    return state
+
+
+def rewind(state: ReferenceState, count: ArrayLike) -> ReferenceState:
+    """Drops the `count` newest tokens of each row.
+
+    What a ring still holds is back in its tier; the rest of the tokens stay where they are.
+    """
+    config, state = state.config, _copy(state)
+    for row, number in zip(state.rows, per_row(state, count), strict=True):
+        begin = _starts(config, row)[-1]
+        _check_count(number, most=row.end - (begin if begin > config.sink_tokens else 0))
+        del row.tokens[row.end - number :]
+        for i in range(len(row.kept)):
+            top = _starts(config, row)[i - 1] if i else max(row.end, config.sink_tokens)
+            row.kept[i] = min(row.kept[i], top)
+        _check_groups(config, row)
+        for i, start in enumerate(_starts(config, row)):
+            for token in row.tokens[start:]:
+                del token[i + 2 :]  # it is in tier i again and will enter the next one anew
+    return state
+
+
+def clear(state: ReferenceState) -> ReferenceState:
+    """Empties every row."""
+    return init(state.config, len(state.rows))
+
+
+def take_rows(state: ReferenceState, rows: Sequence[int]) -> ReferenceState:
+    """The given rows in the given order; one may be taken several times."""
+    taken = [state.rows[i] for i in rows]
+    copies = (Row([list(token) for token in row.tokens], list(row.kept), list(row.mirrors)) for row in taken)
+    return ReferenceState(state.config, tuple(copies))
+
+
+def _copy(state: ReferenceState) -> ReferenceState:
+    return take_rows(state, range(len(state.rows)))
+
+
+def per_row(state: ReferenceState, number: ArrayLike | None, default: int = 0) -> list[int]:
+    return [int(n) for n in np.broadcast_to(default if number is None else number, len(state.rows))]
+
+
+def _check_groups(config: KvCacheConfig, row: Row) -> None:
+    """A group of tokens that enters a tier anew needs all of its tokens in the tier before."""
+    starts = _starts(config, row)
+    for start, kept, tier in zip(starts[:-1], row.kept[:-1], config.chain[1:], strict=True):
+        first = _batch_start(config, start)
+        if tier.group > 1 and start > max(first, starts[-1]) and kept > first:
+            raise ValueError(f"position {start} lies inside a group of codes whose tokens are gone from {first} on")
+
+
+def _check_count(count: int, most: int) -> None:
+    if not 0 <= count <= most:
+        raise ValueError(f"count={count}: must be 0 to {most}, the tokens that may be dropped")
+
+
+# Reading.
+
+
+def gather(state: ReferenceState) -> tuple[Array, Array, Array]:
+    """Keys and values [B, max_tokens, K, H] and positions [B, max_tokens], oldest first, -1 where empty."""
+    config = state.config
+    shape = (len(state.rows), config.max_tokens)
+    pairs = np.zeros((*shape, 2, config.num_kv_heads, config.head_dim), np.float32)
+    positions = np.full(shape, -1, np.int32)
+    for b in range(len(state.rows)):
+        for slot, (position, pair) in enumerate(held(state, b).items()):
+            pairs[b, slot], positions[b, slot] = pair, position
+    return pairs[:, :, 0], pairs[:, :, 1], positions
+
+
+def counts(state: ReferenceState, name: str) -> Array:
+    """Tokens of each row [B] int32 in a tier ("hot", "warm", "cold"), in "sinks", or in "total"."""
+    config, found = state.config, []
+    for row in state.rows:
+        starts = _starts(config, row)
+        tops = [max(row.end, config.sink_tokens), *starts]
+        here = {tier.name: tops[i] - starts[i] for i, tier in enumerate(config.chain)}
+        here["sinks"] = min(row.end, config.sink_tokens)
+        found.append(sum(here.values()) if name == "total" else here.get(name, 0))
+    return np.array(found, np.int32)
