@@ -3,8 +3,8 @@
 Of the C devices along the context axis, number c holds the positions p with p % C == c, in a complete smaller cache where p is position
 p // C. All devices are then equally full at any time; tokens migrate and are evicted without leaving their device; and every tier of the
 whole holds the tokens that it would hold on one device (batched migration: each device's boundary, less than a batch apart).
-An `attend` runs over each device's own tokens and merges the partial results once: a `pmax` and a `psum` of the size of the
-output, the only communication there is. (vLLM's decode context parallelism deals out positions in the same way.)
+An `attend` runs over each device's own tokens and merges the partial results once (`softmax.merge_over`), the only communication there
+is. (vLLM's decode context parallelism deals out positions in the same way.)
 """
 
 from __future__ import annotations
@@ -235,8 +235,5 @@ class _Attention:
         """Over the tokens of all devices: outputs like the query."""
         merged = softmax.merge(partials)
         if self.deal.axis is not None:
-            top = lax.pmax(merged.max, self.deal.axis)
-            weight = jnp.exp(merged.max - top)
-            out, total = lax.psum((merged.out * weight[..., None], merged.sum * weight), self.deal.axis)
-            merged = Partial(out, top, total)
+            merged = softmax.merge_over(self.deal.axis, merged)
         return finish([merged], self.scoring, self.query, return_lse)

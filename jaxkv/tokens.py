@@ -16,6 +16,7 @@ Scales have their slots last, as the scores that they multiply.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -217,47 +218,43 @@ def only(x: jax.Array, row: Index) -> jax.Array:
     return x if row is None else lax.dynamic_slice_in_dim(x, row, 1)
 
 
-def flattened(tokens: Tokens, by_row: bool = False) -> Tokens:
-    """The tokens with `data` [..., B, K, S * W], as `block` takes them; for single rows [..., B * K, S * W].
+def flattened(tokens: Tokens, fmt: Format) -> Tokens:
+    """The tokens as `block` takes them: what an array has of its slots in one last axis, axes of a single element left out.
 
-    A single row of a stack of layers goes without its axis: XLA:CPU copies [L, 1, K, S, W] to flatten it, as it does [B, 1, S, W] in a loop
-    over rows.
+    XLA:CPU copies an array of the shape [1, B, 1, S, W] to flatten it, or to carry it around a loop.
     """
-    *lead, slots, width = tokens.data.shape
-    if by_row:
-        lead = [*lead[:-2], lead[-2] * lead[-1]]
-    elif len(lead) == 3 and lead[1] == 1:
-        lead = [lead[0], lead[2]]
-    return dataclasses.replace(tokens, data=tokens.data.reshape(*lead, slots * width))
+
+    def flat(name: str) -> jax.Array:
+        array: jax.Array = getattr(tokens, name)
+        return array.reshape(*(n for n in _before_slots(name, fmt, array) if n > 1), -1)
+
+    return Tokens(**{name: flat(name) for name in ("data", *SCALES) if getattr(tokens, name) is not None})
 
 
-def block(flat: Tokens, fmt: Format, start: jax.Array, size: int, capacity: int, heads: int, layer: Index, row: Index = None) -> Tokens:
+def _before_slots(name: str, fmt: Format, array: jax.Array) -> tuple[int, ...]:
+    """The axes [..., B, K] or [..., B, K, G] of an array in front of its slots."""
+    return array.shape[: -2 if name == "data" or channel_group(fmt) > 1 else -1]
+
+
+def block(flat: Tokens, tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index, row: Index = None) -> Tokens:
     """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W]; of one row where one is named.
 
     Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
     """
-    group, width = channel_group(fmt), flat.data.shape[-1] // capacity
 
-    def cut(array: jax.Array | None, axis: int, begin: jax.Array, length: int, of_a_row: int = 1) -> jax.Array | None:
-        if array is None:
-            return None
-        lead = 0 if layer is None else 1
-        starts, shape = [jnp.int32(0)] * array.ndim, list(array.shape)
-        starts[axis], shape[axis] = begin, length
-        if row is not None:
-            starts[lead], shape[lead] = jnp.int32(row) * of_a_row, of_a_row
-        if lead:
-            starts[0], shape[0] = jnp.int32(layer), 1
-        found = lax.dynamic_slice(array, starts, shape)
-        return found.squeeze(0) if lead else found
+    def cut(name: str) -> jax.Array:
+        array: jax.Array = getattr(tokens, name)
+        lead, group = _before_slots(name, fmt, array), channel_group(fmt) if name in SCALES else 1
+        axes = list(zip(([] if layer is None else [layer]) + [row, *[None] * len(lead)], lead, strict=False))
+        starts = [jnp.int32(0 if at is None else at) for at, n in axes if n > 1]
+        sizes = [n if at is None else 1 for at, n in axes]
+        width = math.prod(array.shape[len(lead) + 1 :])
+        kept = [size for size, n in zip(sizes, lead, strict=True) if n > 1]
+        found = lax.dynamic_slice(getattr(flat, name), [*starts, start // group * width], [*kept, size // group * width])
+        return found.reshape(*sizes[layer is not None :], *((-1, width) if group > 1 else (-1,)))
 
-    data = cut(flat.data, -1, start * width, size * width, heads)
-    assert data is not None
-    data = data.reshape(-1, heads, data.shape[-1])
-    scale, zero_point, scale_unit, zero_unit = (
-        cut(array, -1 if group == 1 else -2, start // group, size // group)
-        for array in (flat.scale, flat.zero_point, flat.scale_unit, flat.zero_unit)
-    )
-    if scale_unit is not None:
-        scale, zero_point = codec.widened(scale, scale_unit), codec.widened(zero_point, zero_unit)
-    return Tokens(data, scale, zero_point)
+    found = {name: cut(name) for name in ("data", *SCALES) if getattr(tokens, name) is not None}
+    for name, unit in (("scale", "scale_unit"), ("zero_point", "zero_unit")):
+        if unit in found:
+            found[name] = jnp.asarray(codec.widened(found[name], found.pop(unit)))
+    return Tokens(**found)

@@ -14,10 +14,13 @@ import pytest
 import test_hlo
 import test_scoring
 from cases import CASES, Case, random_query, random_tokens
+from jax.sharding import AxisType
 from laws import assert_within, exact_attention, extend, over, start
 
 import jaxkv
+from jaxkv import shards
 from jaxkv.kernels import platform, xla
+from jaxkv.sharding import Axes
 
 SOME = {name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
 
@@ -74,3 +77,16 @@ def test_the_loop_over_rows_copies_nothing(heads: int) -> None:
     state, query = jax.eval_shape(lambda: jaxkv.init(config, 3)), jax.ShapeDtypeStruct((3, 1, 4, 64), np.float32)
     text = jax.jit(lambda *args: jaxkv.attend(*args)).lower(state, query).compile().as_text()
     assert not test_hlo.sized_like_the_cache(text, config)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 2), (3, 4)])
+def test_attention_of_shards_copies_nothing(batch: int, heads: int, by_row: bool, request: pytest.FixtureRequest) -> None:
+    """One head, or one group of a head, to a device: XLA copied the codes, or the scales, to flatten them."""
+    if by_row:
+        request.getfixturevalue("apart")
+    config = dataclasses.replace(test_hlo.config("eager", test_hlo.SLOTS[1]), num_kv_heads=heads)
+    mesh, axes = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,)), Axes(heads="heads")
+    state, query = shards.init(config, batch, mesh=mesh, axes=axes), jax.ShapeDtypeStruct((batch, 1, 4, 64), np.float32)
+    attend = jax.shard_map(lambda *args: shards.attend(*args), mesh=mesh, in_specs=(state.specs, axes.tokens), out_specs=axes.tokens)
+    assert not test_hlo.sized_like_the_cache(jax.jit(attend).lower(state, query).compile().as_text(), config)

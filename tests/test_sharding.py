@@ -16,7 +16,7 @@ from cases import Array, attention_bound
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxkv
-from jaxkv import CacheState, KvCacheConfig, Migration, QuantSpec, reference, sharding, shards
+from jaxkv import CacheState, KvCacheConfig, Migration, QuantSpec, reference, sharding, shards, softmax
 from jaxkv.sharding import Axes
 from jaxkv.shards import Shards
 
@@ -196,9 +196,12 @@ def test_context_parallel_attention(config: KvCacheConfig) -> None:
     assert np.abs(verbs.attend(state, random_query()) - expected).max() <= bound
 
 
-def test_context_parallel_options() -> None:
-    """Windows, caps and decays count whole positions, not a device's own; sinks are all devices' sinks."""
-    state, verbs = dealt(Q4)
+@pytest.mark.parametrize("gathered", [softmax.GATHERED, 0])
+def test_context_parallel_options(gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, caps and decays count whole positions, not a device's own; sinks are all devices' sinks. Merged in one exchange or two."""
+    monkeypatch.setattr(softmax, "GATHERED", gathered)
+    state, _ = dealt(Q4)
+    verbs = Verbs(mesh_of(ALL), state)
     out, lse = verbs.attend_with_options(state, random_query())
     given = {name: value for name, value in verbs.options.items() if name != "return_lse"}
     expected, expected_lse, _ = exact(state, verbs, random_query(), **given)
@@ -245,14 +248,17 @@ def collectives(text: str) -> Iterator[tuple[str, int]]:
             yield found[2], sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
 
 
-def test_only_partial_results_travel() -> None:
-    """In the compiled program: a step communicates one maximum, and one sum of the size of the output. Nothing of the cache."""
-    state, verbs = dealt(Q4)
-    query = random_query(1)
+@pytest.mark.parametrize("gathered", [softmax.GATHERED, 0])
+def test_only_partial_results_travel(gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the compiled program: both devices' partial outputs at once; or, if large, a maximum and a sum. Nothing of the cache."""
+    monkeypatch.setattr(softmax, "GATHERED", gathered)
+    state, _ = dealt(Q4)
+    verbs, query = Verbs(mesh_of(ALL), state), random_query(1)
     text = verbs.attend.lower(state, query).compile().as_text()
     found = list(collectives(text))
     rows = (B // 2) * (N // 2)  # of one device
-    assert found == [("all-reduce", rows), ("all-reduce", rows * (1 + H))]
+    expected = [2 * rows * (H + 2)] if gathered else [rows, rows * (1 + H)]
+    assert found == [("all-reduce", size) for size in expected]
     assert not list(collectives(verbs.append.lower(state, *random_tokens(0), LENGTHS[0]).compile().as_text()))
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 Call = Callable[[], Any]
 GGML_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-LONGEST = 16384  # for the slow ones
+LONGEST = 16384  # tokens of all rows, for the slow ones
+MOST = 2**18  # tokens of all rows; beyond, our Q4 and torch alone: the caches of all systems together would need 30 GB
 
 
 def device_name() -> str:
@@ -27,7 +28,7 @@ def device_name() -> str:
 def peers_of(batch: int, heads: int, kv_heads: int, head_dim: int, lengths: np.ndarray, threads: int, ggml: str | None) -> dict[str, Call]:
     """Calls by name. Peers without ragged rows compute all rows to the longest, with a mask where they take one."""
     shape = batch, heads, kv_heads, head_dim, int(lengths.max())
-    calls = with_jax(*shape)
+    calls = with_jax(*shape) if batch * shape[-1] <= MOST else {}
     if importlib.util.find_spec("torch"):
         calls |= with_torch(*shape, lengths, threads)
     folder = ggml or installed_ggml()
