@@ -16,7 +16,6 @@ Scales have their slots last, as the scores that they multiply.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -216,45 +215,3 @@ def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
 def only(x: jax.Array, row: Index) -> jax.Array:
     """One row [1, ...] of [B, ...]; None: all."""
     return x if row is None else lax.dynamic_slice_in_dim(x, row, 1)
-
-
-def flattened(tokens: Tokens, fmt: Format) -> Tokens:
-    """The tokens as `block` takes them: what an array has of its slots in one last axis, axes of a single element left out.
-
-    XLA:CPU copies an array of the shape [1, B, 1, S, W] to flatten it, or to carry it around a loop.
-    """
-
-    def flat(name: str) -> jax.Array:
-        array: jax.Array = getattr(tokens, name)
-        return array.reshape(*(n for n in _before_slots(name, fmt, array) if n > 1), -1)
-
-    return Tokens(**{name: flat(name) for name in ("data", *SCALES) if getattr(tokens, name) is not None})
-
-
-def _before_slots(name: str, fmt: Format, array: jax.Array) -> tuple[int, ...]:
-    """The axes [..., B, K] or [..., B, K, G] of an array in front of its slots."""
-    return array.shape[: -2 if name == "data" or channel_group(fmt) > 1 else -1]
-
-
-def block(flat: Tokens, tokens: Tokens, fmt: Format, start: jax.Array, size: int, layer: Index, row: Index = None) -> Tokens:
-    """The slots [start, start + size) of one layer of `flattened` tokens, `data` [B, K, size * W]; of one row where one is named.
-
-    Still encoded but for two-level scales, which are widened to float32. `start` and `size` are multiples of a channel group.
-    """
-
-    def cut(name: str) -> jax.Array:
-        array: jax.Array = getattr(tokens, name)
-        lead, group = _before_slots(name, fmt, array), channel_group(fmt) if name in SCALES else 1
-        axes = list(zip(([] if layer is None else [layer]) + [row, *[None] * len(lead)], lead, strict=False))
-        starts = [jnp.int32(0 if at is None else at) for at, n in axes if n > 1]
-        sizes = [n if at is None else 1 for at, n in axes]
-        width = math.prod(array.shape[len(lead) + 1 :])
-        kept = [size for size, n in zip(sizes, lead, strict=True) if n > 1]
-        found = lax.dynamic_slice(getattr(flat, name), [*starts, start // group * width], [*kept, size // group * width])
-        return found.reshape(*sizes[layer is not None :], *((-1, width) if group > 1 else (-1,)))
-
-    found = {name: cut(name) for name in ("data", *SCALES) if getattr(tokens, name) is not None}
-    for name, unit in (("scale", "scale_unit"), ("zero_point", "zero_unit")):
-        if unit in found:
-            found[name] = jnp.asarray(codec.widened(found[name], found.pop(unit)))
-    return Tokens(**found)

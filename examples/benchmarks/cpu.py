@@ -1,6 +1,6 @@
 """Decode attention on a CPU against other people's, quantized and not, at the same sizes in the same run.
 
-    python examples/benchmarks/cpu.py                  # a quarter of an hour; writes results/cpu.json and cpu.png
+    python examples/benchmarks/cpu.py                  # ten minutes; writes results/cpu.json and cpu.png
     python examples/benchmarks/cpu.py --quick          # toy sizes, writes nothing
     python examples/benchmarks/cpu.py --ggml FOLDER    # where libggml*.so lie, if llama-cpp-python is not installed here
 

@@ -152,7 +152,7 @@ def speed(found: dict[str, Any]) -> str:
     q8 = cell(long["GQA 32/8/128"], "jaxkv Q8")
     return "\n\n".join(
         [
-            f"Milliseconds for the attention of one decoded token over 16,384 tokens (the 8 ragged rows: 4,096 to 16,384); query heads / kv "
+            "Milliseconds for the attention of one decoded token over 16,384 tokens (the 8 ragged rows: 4,096 to 16,384); query heads / kv "
             f"heads / head dim as given; in brackets the ratio to torch's fastest bfloat16 attention in the same run. {found['device']}, "
             f"{found['threads']} threads, jax {found['jax']} (`{found['command']}`):",
             table(["", *columns], rows),

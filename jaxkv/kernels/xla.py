@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import ring, tokens
+from jaxkv import ring
 from jaxkv.config import QuantSpec
 from jaxkv.kernels import platform
+from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.formats import computed_once, reader
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
-from jaxkv.tokens import Index, Tokens, only
+from jaxkv.tokens import Index, only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)
 """A block has at most so many bytes of codes and so many scores; fewer slots are not worth a block's fixed cost (the second: for scores).
@@ -54,15 +55,15 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
       A Partial of shape [B, K, R], in the basis of the raw tokens.
     """
     # Outside the loop over rows: XLA:CPU copies an array [B, 1, S, W] that is carried around a loop.
-    flat = tokens.flattened(part.tier.keys, part.spec.key), tokens.flattened(part.tier.values, part.spec.value)
+    sides = Blocks.of(part.tier.keys, part.spec.key), Blocks.of(part.tier.values, part.spec.value)
     is_large = min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size) < SLOTS[1]
     if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
-        return _attend(part, flat, query, visible, adjust, newest, layer, None)
+        return _attend(part, sides, query, visible, adjust, newest, layer, None)
 
     def of_row(row: jax.Array) -> Partial:
         base = None if part.base is None else only(part.base, row)
         own = dataclasses.replace(part, low=only(part.low, row), high=only(part.high, row), base=base)
-        found = _attend(own, flat, only(query, row), visible, adjust, only(newest, row), layer, row)
+        found = _attend(own, sides, only(query, row), visible, adjust, only(newest, row), layer, row)
         return jax.tree.map(lambda x: x.squeeze(0), found)
 
     found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))
@@ -71,7 +72,7 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
 
 def _attend(
     part: Segment,
-    flat: tuple[Tokens, Tokens],
+    sides: tuple[Blocks, Blocks],
     query: jax.Array,
     visible: Visible,
     adjust: Adjust | None,
@@ -79,8 +80,8 @@ def _attend(
     layer: Index,
     row: Index,
 ) -> Partial:
-    """`partial_attention` over all rows at once, or of one row, in which only the tier and its `flattened` sides still have the others."""
-    spec, tier = part.spec, part.tier
+    """`partial_attention` over all rows at once, or of one row, in which only the tier still has the others."""
+    spec, (keys, values) = part.spec, sides
     size = _block_size(part, query)
     never = part.high[0] == -1  # the compiler sees through `< 0` where positions are a maximum with 0
     key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
@@ -95,14 +96,14 @@ def _attend(
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
         seen = visible(own, row) & valid[:, None]
-        scores = key.scores(operand, tokens.block(flat[0], tier.keys, spec.key, start, size, layer, row))
+        scores = key.scores(operand, keys.at(start, size, layer, row))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)
         scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
         # Never above 1, also where a platform computes a score twice with other rounding: its digits would start again at 0.
         weights, decay = jnp.exp(jnp.minimum(scores - new_top[..., None], 0)), jnp.exp(top - new_top)[..., None]
-        more = value.weigh(weights, tokens.block(flat[1], tier.values, spec.value, start, size, layer, row), valid)
+        more = value.weigh(weights, values.at(start, size, layer, row), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
