@@ -17,6 +17,7 @@ from jax import lax
 from jaxkv import codec, tokens
 from jaxkv.config import Format, Precision, QuantSpec
 from jaxkv.kernels import digits
+from jaxkv.kernels.materialized import computed_once, laid_out, leading
 from jaxkv.tokens import Tokens
 
 EXACT = lax.Precision.HIGHEST
@@ -37,33 +38,6 @@ def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
     return ChannelGroups(never, head_dim, fmt) if fmt.axis == "channel" else TokenGroups(never, head_dim, fmt)
 
 
-def computed_once(never: jax.Array, tree: Any) -> Any:
-    """Arrays as they are, each element computed once.
-
-    XLA:CPU fuses what looks cheap into every use, and no barrier stops it: scores were computed twice, and converted an f16 scale for every
-    row (17 ms instead of 7 at 16k tokens). It does not look into the branches of a conditional on something that it cannot foresee.
-    """
-    return lax.platform_dependent(
-        tree, cpu=lambda tree: lax.cond(never, lambda t: jax.tree.map(jnp.negative, t), lambda t: t, tree), default=lambda tree: tree
-    )
-
-
-def _laid_out(never: jax.Array, flat: list[jax.Array], width: int) -> list[jax.Array]:
-    """What was computed of a block's data [B, K, S * W], as [B, K, S, W]. Computed flat: a loop over short rows does not vectorize."""
-    done = computed_once(never, flat)
-    return [x.reshape(*x.shape[:2], -1, width) for x in done]
-
-
-def _leading(x: jax.Array) -> jax.Array:
-    """The first 8 significant bits of a float32: what a bfloat16 holds."""
-
-    def masked(x: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -(2**16), jnp.float32)
-
-    # Of the two XLA:CPU splits the second between its threads; other platforms may lack the first.
-    return lax.platform_dependent(x, cpu=lambda x: lax.reduce_precision(x, 8, 7), default=masked)
-
-
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     """Float32 product over the last axis of a and axis `contract` of b, leading axes shared."""
     batch = tuple(range(a.ndim - 2))
@@ -82,13 +56,13 @@ class Floats:
         return query
 
     def scores(self, operand: Any, block: Tokens) -> jax.Array:
-        return self.scored(operand, _laid_out(self.never, [self.widened(block.data)], self.head_dim)[0])
+        return self.scored(operand, laid_out(self.never, [self.widened(block.data)], self.head_dim)[0])
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = _laid_out(self.never, [block.data], self.head_dim)[0]
+        values = laid_out(self.never, [block.data], self.head_dim)[0]
         keep = computed_once(self.never, valid.astype(jnp.float32))[:, None, :, None] > 0
         values = self.widened(jnp.where(keep, values, 0))
         return self.product(self.query(weights), values, -2), weights.sum(-1, keepdims=True)
@@ -113,7 +87,7 @@ class Terms(Floats):
     def query(self, query: jax.Array) -> jax.Array:
         terms = []
         for _ in range(3):
-            terms.append(_leading(query))
+            terms.append(leading(query))
             query = query - terms[-1]
         return jnp.concatenate(terms, axis=2).astype(jnp.bfloat16)
 
@@ -147,7 +121,7 @@ class _Coded:
     def codes(self, block: Tokens) -> list[tuple[jax.Array, float]]:
         """A block's codes [B, K, S, W] part by part, with their weights (see `codec.split`)."""
         parts, weights = zip(*codec.split(block.data, self.spec.bits), strict=True)
-        return list(zip(_laid_out(self.never, list(parts), self.words), weights, strict=True))
+        return list(zip(laid_out(self.never, list(parts), self.words), weights, strict=True))
 
     def lacking(self, x: jax.Array) -> jax.Array:
         """[..., H] times what the codes of each element lack: those of the last part are short of half their range (see `codec`)."""

@@ -20,7 +20,8 @@ from jaxkv import ring
 from jaxkv.config import QuantSpec
 from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
-from jaxkv.kernels.formats import computed_once, reader
+from jaxkv.kernels.formats import reader
+from jaxkv.kernels.materialized import computed_once
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
 from jaxkv.tokens import Index, only
