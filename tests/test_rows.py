@@ -21,8 +21,11 @@ import jaxkv
 from jaxkv import shards
 from jaxkv.kernels import platform, xla
 from jaxkv.sharding import Axes
+from jaxkv.state import segments
 
 SOME = {name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
+
+BY_HEADS, DEALT = Axes(heads="core"), Axes(context="core")
 
 
 @pytest.fixture
@@ -80,13 +83,23 @@ def test_the_loop_over_rows_copies_nothing(heads: int) -> None:
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 2), (3, 4)])
-def test_attention_of_shards_copies_nothing(batch: int, heads: int, by_row: bool, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("batch", "heads", "axes"), [(1, 2, BY_HEADS), (3, 2, BY_HEADS), (3, 4, BY_HEADS), (1, 1, DEALT), (3, 1, DEALT)])
+def test_attention_of_shards_copies_nothing(batch: int, heads: int, axes: Axes, by_row: bool, request: pytest.FixtureRequest) -> None:
     """One head, or one group of a head, to a device: XLA copied the codes, or the scales, to flatten them."""
     if by_row:
         request.getfixturevalue("apart")
     config = dataclasses.replace(test_hlo.config("eager", test_hlo.SLOTS[1]), num_kv_heads=heads)
-    mesh, axes = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,)), Axes(heads="heads")
+    mesh = jax.make_mesh((2,), ("core",), axis_types=(AxisType.Auto,))
     state, query = shards.init(config, batch, mesh=mesh, axes=axes), jax.ShapeDtypeStruct((batch, 1, 4, 64), np.float32)
     attend = jax.shard_map(lambda *args: shards.attend(*args), mesh=mesh, in_specs=(state.specs, axes.tokens), out_specs=axes.tokens)
-    assert not test_hlo.sized_like_the_cache(jax.jit(attend).lower(state, query).compile().as_text(), config)
+    assert not test_hlo.sized_like_the_cache(jax.jit(attend).lower(state, query).compile().as_text(), state.cache.config)
+
+
+@pytest.mark.parametrize("capacity", [65, 1872, 4001, 16128])
+def test_no_slot_is_looked_at_twice(capacity: int) -> None:
+    """All blocks of a tier are alike, so that they cover it with next to nothing left over."""
+    state = jax.eval_shape(lambda: jaxkv.init(dataclasses.replace(test_hlo.config("all_quantized", capacity), num_kv_heads=4), 1))
+    part = jax.eval_shape(segments, state)[-1]
+    size = xla._block_size(part, jax.ShapeDtypeStruct((1, 4, 2, 64), np.float32))
+    blocks = -(-capacity // size)
+    assert capacity <= blocks * size < capacity + 32 * blocks
