@@ -1,4 +1,5 @@
-"""The table and the plot of quality.py: what a cache loses against the bits that an element takes."""
+"""The table and the plot of quality.py: what a cache loses against the bits that an element
+takes."""
 
 import pathlib
 from typing import Any
@@ -12,7 +13,9 @@ def show(rows: Rows) -> None:
     print(f"{'cache':<16}{'bits/element':>14}{'perplexity':>12}{'KL':>12}{'top-1':>9}{'tokens':>9}")
     for name, row in rows.items():
         increase = f"{row['perplexity_increase_percent']:+.2f} %"
-        print(f"{name:<16}{row['bits_per_element']:>14.3f}{increase:>12}{row['kl']:>12.5f}{row['top1']:>9.4f}{row['tokens']:>9,}")
+        print(
+            f"{name:<16}{row['bits_per_element']:>14.3f}{increase:>12}{row['kl']:>12.5f}{row['top1']:>9.4f}{row['tokens']:>9,}"
+        )
 
 
 def plot(data: dict[str, Any], path: pathlib.Path) -> None:
@@ -20,7 +23,10 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt  # optional: the extra `bench`
 
     figure, panels = plt.subplots(1, 2, figsize=(15, 7), layout="constrained")
-    columns = {"kl": "KL divergence from fp32", "perplexity_increase_percent": "perplexity increase (%)"}
+    columns = {
+        "kl": "KL divergence from fp32",
+        "perplexity_increase_percent": "perplexity increase (%)",
+    }
     for panel, (column, title) in zip(panels, columns.items(), strict=True):
         draw_points(panel, "jaxkv", data.get("sweep", {}), column, "o")
         draw_points(panel, "llama.cpp", data.get("llama_cpp", {}), column, "^")
@@ -37,8 +43,18 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
 
 def draw_points(panel: Any, label: str, rows: Rows, column: str, marker: str) -> None:
     """Labelled points of one column; the unquantized caches would only stretch the axes."""
-    shown = {name: (row["bits_per_element"], row[column]) for name, row in rows.items() if row["bits_per_element"] < 16}
+    shown = {
+        name: (row["bits_per_element"], row[column])
+        for name, row in rows.items()
+        if row["bits_per_element"] < 16
+    }
     if shown:
         panel.scatter(*zip(*shown.values(), strict=True), marker=marker, label=label)
     for name, point in shown.items():
-        panel.annotate(name.removeprefix("llama.cpp "), point, xytext=(5, 3), textcoords="offset points", fontsize=7)
+        panel.annotate(
+            name.removeprefix("llama.cpp "),
+            point,
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7,
+        )

@@ -36,12 +36,20 @@ Decode = Callable[..., tuple[jaxkv.CacheState, jax.Array]]
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cache")
     group.add_argument("--store", choices=PRECISIONS, default="q4")
-    group.add_argument("--tail", type=int, default=128, metavar="N", help="newest tokens, not in the store")
+    group.add_argument(
+        "--tail", type=int, default=128, metavar="N", help="newest tokens, not in the store"
+    )
     group.add_argument("--tail-precision", choices=PRECISIONS, default="fp16")
-    group.add_argument("--warm", type=int, default=0, metavar="N", help="tokens between tail and store")
+    group.add_argument(
+        "--warm", type=int, default=0, metavar="N", help="tokens between tail and store"
+    )
     group.add_argument("--warm-precision", choices=PRECISIONS, default="q8")
-    group.add_argument("--sinks", type=int, default=0, metavar="N", help="first tokens, never quantized")
-    group.add_argument("--migration", choices=[mode.value for mode in jaxkv.Migration], default="eager")
+    group.add_argument(
+        "--sinks", type=int, default=0, metavar="N", help="first tokens, never quantized"
+    )
+    group.add_argument(
+        "--migration", choices=[mode.value for mode in jaxkv.Migration], default="eager"
+    )
     recipe = "recipe of the store: bits, group size, then any of channel, symmetric, rotate, align, center"
     group.add_argument("--keys", type=quant_spec, metavar="4,64,rotate", help=recipe)
     group.add_argument("--values", type=quant_spec, metavar="4,32", help="the same for values")
@@ -51,13 +59,20 @@ def quant_spec(recipe: str) -> jaxkv.QuantSpec:
     """Reads a recipe such as "4,64,rotate" or "2,32,channel"."""
     bits, group_size, *words = recipe.split(",")
     if unknown := set(words) - FLAGS - {"channel"}:
-        raise argparse.ArgumentTypeError(f"{recipe!r} has {sorted(unknown)}, which mean nothing here")
+        raise argparse.ArgumentTypeError(
+            f"{recipe!r} has {sorted(unknown)}, which mean nothing here"
+        )
     flags = {flag: flag in words for flag in FLAGS}
-    return jaxkv.QuantSpec(int(bits), int(group_size), "channel" if "channel" in words else "token", **flags)
+    return jaxkv.QuantSpec(
+        int(bits), int(group_size), "channel" if "channel" in words else "token", **flags
+    )
 
 
-def cache_config(args: argparse.Namespace, model: llama.LlamaConfig, max_tokens: int) -> jaxkv.KvCacheConfig:
-    """The cache that the options describe; a floating-point store is a single tier, and needs no tail."""
+def cache_config(
+    args: argparse.Namespace, model: llama.LlamaConfig, max_tokens: int
+) -> jaxkv.KvCacheConfig:
+    """The cache that the options describe; a floating-point store is a single tier, and needs no
+    tail."""
     single = not jaxkv.Precision(args.store).is_quantized
     return jaxkv.KvCacheConfig(
         tail_length=max_tokens if single else args.tail,
@@ -79,12 +94,22 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--prompt", default="Explain in a few sentences how the tides come about.")
-    parser.add_argument("--context", type=positive, metavar="N", help="go on after N tokens of prose")
-    parser.add_argument("--tokens", type=positive, default=256, help=f"to generate, in blocks of {BLOCK}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--context", type=positive, metavar="N", help="go on after N tokens of prose"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=256, help=f"to generate, in blocks of {BLOCK}"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unroll", action="store_true", help="unroll the layers: compiles long, runs faster")
-    parser.add_argument("--quick", action="store_true", help="a short run that shows that all works")
+    parser.add_argument(
+        "--unroll", action="store_true", help="unroll the layers: compiles long, runs faster"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a short run that shows that all works"
+    )
     add_cache_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
@@ -108,7 +133,8 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
 def prefill(
     model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, prompt: list[int]
 ) -> tuple[jaxkv.CacheState, jax.Array]:
-    """Takes in the prompt chunk by chunk, and returns the state and the next token's logits [1, V]."""
+    """Takes in the prompt chunk by chunk, and returns the state and the next token's logits [1,
+    V]."""
     for start in tqdm(range(0, len(prompt), PREFILL_CHUNK), "prefill", unit="chunk"):
         chunk = jnp.asarray(prompt[start : start + PREFILL_CHUNK], jnp.int32)[None]
         state, logits = llama.prefill(model, params, state, chunk)
@@ -116,7 +142,12 @@ def prefill(
     return state, logits
 
 
-def compile_decode(model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, attention: llama.Attention) -> Decode:
+def compile_decode(
+    model: llama.LlamaConfig,
+    params: llama.Params,
+    state: jaxkv.CacheState,
+    attention: llama.Attention,
+) -> Decode:
     """The loop over BLOCK tokens, compiled ahead, so that no timing includes it."""
     inputs = jnp.zeros(1, jnp.int32), jax.random.key(0), jnp.float32(0)
     lowered = llama.decode.lower(model, params, state, *inputs, length=BLOCK, attention=attention)
@@ -124,7 +155,11 @@ def compile_decode(model: llama.LlamaConfig, params: llama.Params, state: jaxkv.
 
 
 def timed(
-    decode: Decode, state: jaxkv.CacheState, token: jax.Array, key: jax.Array, temperature: float = 0.0
+    decode: Decode,
+    state: jaxkv.CacheState,
+    token: jax.Array,
+    key: jax.Array,
+    temperature: float = 0.0,
 ) -> tuple[jaxkv.CacheState, jax.Array, float]:
     """One block after token [1]: the state, the tokens [1, BLOCK], and the seconds it took."""
     start = time.perf_counter()
@@ -142,7 +177,8 @@ def generate(
     tokenizer: Tokenizer,
     stop: int | None,
 ) -> tuple[jaxkv.CacheState, list[float]]:
-    """Prints token [1] and a block per key, up to `stop`; returns the state and the blocks' seconds."""
+    """Prints token [1] and a block per key, up to `stop`; returns the state and the blocks'
+    seconds."""
     text, seconds = DecodeStream(skip_special_tokens=True), []
     print(text.step(tokenizer, int(token[0])) or "", end="", flush=True)
     for key in keys:
@@ -158,8 +194,11 @@ def generate(
     return state, seconds
 
 
-def cache_share(with_cache: Decode, without_cache: Decode, state: jaxkv.CacheState, pairs: int) -> float:
-    """The share of a step that the cache takes: the same loop with and without it, in turns, medians."""
+def cache_share(
+    with_cache: Decode, without_cache: Decode, state: jaxkv.CacheState, pairs: int
+) -> float:
+    """The share of a step that the cache takes: the same loop with and without it, in turns,
+    medians."""
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(pairs):
         for decode, record in zip((with_cache, without_cache), seconds, strict=True):
@@ -168,7 +207,9 @@ def cache_share(with_cache: Decode, without_cache: Decode, state: jaxkv.CacheSta
     return 1 - statistics.median(seconds[1]) / statistics.median(seconds[0])
 
 
-def report(config: jaxkv.KvCacheConfig, num_layers: int, seconds: list[float], share: float) -> None:
+def report(
+    config: jaxkv.KvCacheConfig, num_layers: int, seconds: list[float], share: float
+) -> None:
     """Prints the table at the end; `seconds` are the times of the blocks."""
     plain = jaxkv.KvCacheConfig(
         tail_length=config.max_tokens,
@@ -176,7 +217,9 @@ def report(config: jaxkv.KvCacheConfig, num_layers: int, seconds: list[float], s
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
     )
-    ours, theirs = (jaxkv.nbytes(jaxkv.init(each, num_layers=num_layers)) for each in (config, plain))
+    ours, theirs = (
+        jaxkv.nbytes(jaxkv.init(each, num_layers=num_layers)) for each in (config, plain)
+    )
     rows = {
         "tokens generated": f"{BLOCK * len(seconds):,}",
         "tokens/s": f"{BLOCK * len(seconds) / sum(seconds):.1f}",

@@ -71,7 +71,8 @@ def uncached(state: State, query: Array, keys: Array, values: Array, *, layer: I
 
 
 def skipped(state: State, query: Array, keys: Array, values: Array, *, layer: Index) -> Attended:
-    """No attention at all, to time a step without its cache; the sum keeps all three projections in use."""
+    """No attention at all, to time a step without its cache; the sum keeps all three projections in
+    use."""
     return state, query + jnp.repeat(keys + values, query.shape[2] // keys.shape[2], axis=2)
 
 
@@ -97,7 +98,9 @@ def rotate(x: Array, angles: Array) -> Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def run_layer(config: LlamaConfig, weights: Layer, state: State, x: Array, angles: Array, attend: Attention) -> tuple[State, Array]:
+def run_layer(
+    config: LlamaConfig, weights: Layer, state: State, x: Array, angles: Array, attend: Attention
+) -> tuple[State, Array]:
     """One transformer layer: x [B, T, D] -> state, x [B, T, D]."""
 
     def heads(weight: Array) -> Array:  # [out, D] -> [B, T, out / H, H]
@@ -108,12 +111,17 @@ def run_layer(config: LlamaConfig, weights: Layer, state: State, x: Array, angle
     state, attended = attend(state, query, keys, heads(weights.value))
     x = x + project(attended.reshape(*x.shape[:2], -1), weights.output)
     normed = rms_norm(x, weights.ffn_norm, config.norm_eps)
-    x = x + project(jax.nn.silu(project(normed, weights.gate)) * project(normed, weights.up), weights.down)
+    x = x + project(
+        jax.nn.silu(project(normed, weights.gate)) * project(normed, weights.up), weights.down
+    )
     return state, x
 
 
-def forward(config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = cached) -> tuple[State, Array]:
-    """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B, T, D]."""
+def forward(
+    config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = cached
+) -> tuple[State, Array]:
+    """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B,
+    T, D]."""
     start = 0 if state is None else state.end[0][:, None]  # layers agree between calls
     angles = rotary_angles(config, start + jnp.arange(tokens.shape[1])[None])
 
@@ -137,7 +145,8 @@ def logits(params: Params, hidden: Array) -> Array:
 
 
 def stack_layers(params: Params) -> Params:
-    """The same weights for a scan over layers: quick to compile, but XLA:CPU copies each layer it reads."""
+    """The same weights for a scan over layers: quick to compile, but XLA:CPU copies each layer it
+    reads."""
     if isinstance(params.layers, Layer):
         return params
     return params._replace(layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers))
@@ -151,8 +160,15 @@ def sample(key: Array, scores: Array, temperature: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("config", "attention"), donate_argnames="state")
-def prefill(config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = prefilled) -> tuple[State, Array]:
-    """Takes a prompt [B, T] into the cache and returns the state and the next token's logits [B, V]."""
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    state: State,
+    tokens: Array,
+    attention: Attention = prefilled,
+) -> tuple[State, Array]:
+    """Takes a prompt [B, T] into the cache and returns the state and the next token's logits [B,
+    V]."""
     state, hidden = forward(config, params, state, tokens, attention)
     return state, logits(params, hidden[:, -1])
 
@@ -169,7 +185,8 @@ def decode(
     length: int,
     attention: Attention = cached,
 ) -> tuple[State, Array]:
-    """Decodes `length` tokens after token [B] in one loop, and returns the state and tokens [B, length]."""
+    """Decodes `length` tokens after token [B] in one loop, and returns the state and tokens [B,
+    length]."""
 
     def step(carry: Attended, step_key: Array) -> tuple[Attended, Array]:
         state, token = carry

@@ -1,9 +1,10 @@
-"""llama.cpp's quantized KV caches on given windows of tokens, against its own f16 cache; quality.py runs it.
+"""llama.cpp's quantized KV caches on given windows of tokens, against its own f16 cache; quality.py
+runs it.
 
     python examples/peers.py MODEL.gguf windows.npy > scores.json
 
-Flash attention is on, as quantized values need it; llama.cpp rotates quantized keys and values by itself (LLAMA_ATTN_ROT_DISABLE=1 turns
-it off).
+Flash attention is on, as quantized values need it; llama.cpp rotates quantized keys and values by
+itself (LLAMA_ATTN_ROT_DISABLE=1 turns it off).
 """
 
 import json
@@ -25,7 +26,8 @@ TYPES = {
 
 
 def portable_params(default: Callable[[], Any] = bindings.llama_model_default_params) -> Any:
-    """Weights as they are in the file: repacked for AMX, they crash on virtual machines that announce AMX and do not grant it."""
+    """Weights as they are in the file: repacked for AMX, they crash on virtual machines that
+    announce AMX and do not grant it."""
     params = default()
     params.use_extra_bufts = False
     return params
@@ -36,7 +38,15 @@ bindings.llama_model_default_params = portable_params  # `Llama` has no argument
 
 def log_probabilities(model_path: str, kv_type: int, tokens: np.ndarray) -> np.ndarray:
     """What predicts the second half of tokens [S]: [S / 2, V]"""
-    model = llama_cpp.Llama(model_path, n_ctx=len(tokens), logits_all=True, flash_attn=True, type_k=kv_type, type_v=kv_type, verbose=False)
+    model = llama_cpp.Llama(
+        model_path,
+        n_ctx=len(tokens),
+        logits_all=True,
+        flash_attn=True,
+        type_k=kv_type,
+        type_v=kv_type,
+        verbose=False,
+    )
     model.eval(tokens.tolist())
     logits = np.array(model.scores[len(tokens) // 2 - 1 : len(tokens) - 1])
     model.close()
@@ -56,9 +66,19 @@ def score(model_path: str, windows: np.ndarray) -> dict[str, dict[str, float]]:
             ours = log_probabilities(model_path, kv_type, tokens)
             exact = ours if exact is None else exact
             kl = (np.exp(exact) * (exact - ours)).sum(-1).mean()
-            kept[name].append((ours[pick].mean(), exact[pick].mean(), kl, (ours.argmax(-1) == exact.argmax(-1)).mean()))
+            kept[name].append(
+                (
+                    ours[pick].mean(),
+                    exact[pick].mean(),
+                    kl,
+                    (ours.argmax(-1) == exact.argmax(-1)).mean(),
+                )
+            )
         print(f"llama.cpp: {number} of {len(windows)} windows", file=sys.stderr, flush=True)
-    return {name: summary(TYPES[name][1], np.mean(rows, axis=0), windows.size // 2) for name, rows in kept.items()}
+    return {
+        name: summary(TYPES[name][1], np.mean(rows, axis=0), windows.size // 2)
+        for name, rows in kept.items()
+    }
 
 
 def summary(bits: float, means: np.ndarray, num_scored: int) -> dict[str, float]:

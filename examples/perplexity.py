@@ -2,10 +2,10 @@
 
     python examples/perplexity.py --text technical --tokens 8192 --store q4 --tail 128 --json
 
-The text is cut into windows of 2,048 tokens. Each is fed in chunks: a chunk's tokens are appended, then its
-queries attend over tail and store, as in decoding. The second half of each window is scored. The first query
-of a chunk of T tokens sees a tail that is T - 1 tokens shorter than in decoding, so that the loss comes out a
-little too high; `--chunk 1` is decoding itself.
+The text is cut into windows of 2,048 tokens. Each is fed in chunks: a chunk's tokens are appended,
+then its queries attend over tail and store, as in decoding. The second half of each window is
+scored. The first query of a chunk of T tokens sees a tail that is T - 1 tokens shorter than in
+decoding, so that the loss comes out a little too high; `--chunk 1` is decoding itself.
 """
 
 import argparse
@@ -43,13 +43,19 @@ def read_windows(
     chunk: int = 16,
     batch_size: int = 4,
 ) -> np.ndarray:
-    """Reads windows [W, S] through the cache: the hidden states that predict each second half, [W, S / 2, D].
+    """Reads windows [W, S] through the cache: the hidden states that predict each second half, [W,
+    S / 2, D].
 
     Hidden states and not logits, which are 85 times their size.
     """
     num_windows, length = windows.shape
     hidden = []
-    with tqdm(total=windows.size, desc=f"{config.store_precision.value} cache", unit="token", mininterval=1) as progress:
+    with tqdm(
+        total=windows.size,
+        desc=f"{config.store_precision.value} cache",
+        unit="token",
+        mininterval=1,
+    ) as progress:
         for rows in np.split(windows, range(batch_size, num_windows, batch_size)):
             state = jaxkv.init(config, len(rows), num_layers=model.num_layers)
             outputs = []
@@ -62,8 +68,11 @@ def read_windows(
 
 
 @jax.jit
-def compare(params: llama.Params, hidden: jax.Array, baseline: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-    """Per token, [T]: both losses, the KL divergence, and whether both caches prefer the same token."""
+def compare(
+    params: llama.Params, hidden: jax.Array, baseline: jax.Array, targets: jax.Array
+) -> dict[str, jax.Array]:
+    """Per token, [T]: both losses, the KL divergence, and whether both caches prefer the same
+    token."""
     ours = jax.nn.log_softmax(llama.logits(params, hidden))
     theirs = jax.nn.log_softmax(llama.logits(params, baseline))
     pick = jnp.arange(len(targets)), targets
@@ -85,17 +94,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores the second half of each window [W, S] read through a cache of `config`.
 
-    `baseline` is `read_windows` with `fp32_config`, to be kept where many configs read the same windows;
-    `reading` are the options of `read_windows`.
+    `baseline` is `read_windows` with `fp32_config`, to be kept where many configs read the same
+    windows; `reading` are the options of `read_windows`.
     """
     if baseline is None:
-        baseline = read_windows(model, params, fp32_config(model, windows.shape[1]), windows, **reading)
+        baseline = read_windows(
+            model, params, fp32_config(model, windows.shape[1]), windows, **reading
+        )
     hidden = read_windows(model, params, config, windows, **reading)
     targets = windows[:, windows.shape[1] // 2 :]
     # One row of logits is 200 kB: a few hundred at a time.
     parts = [array.reshape(-1, 256, *array.shape[2:]) for array in (hidden, baseline, targets)]
     scores = [compare(params, *part) for part in zip(*parts, strict=True)]
-    mean = {name: float(np.mean([score[name] for score in scores], dtype=np.float64)) for name in scores[0]}
+    mean = {
+        name: float(np.mean([score[name] for score in scores], dtype=np.float64))
+        for name in scores[0]
+    }
     return {
         "perplexity": math.exp(mean["loss"]),
         "baseline_perplexity": math.exp(mean["baseline_loss"]),
@@ -116,17 +130,21 @@ def bits_per_element(config: jaxkv.KvCacheConfig) -> float:
     """Bits of memory, metadata included, that one more element of the last tier takes."""
     more = 1024
     tail_more = more if config.tail_length == config.max_tokens else 0
-    longer = dataclasses.replace(config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more)
+    longer = dataclasses.replace(
+        config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more
+    )
     added = jaxkv.nbytes(jaxkv.init(longer)) - jaxkv.nbytes(jaxkv.init(config))
     return 8 * added / (2 * more * config.num_kv_heads * config.head_dim)
 
 
 def cut_windows(tokens: list[int], num_scored: int, length: int) -> np.ndarray:
-    """Windows [W, length] of a text whose second halves have `num_scored` tokens, or a little more."""
+    """Windows [W, length] of a text whose second halves have `num_scored` tokens, or a little
+    more."""
     num_windows = -(-num_scored // (length // 2))
     if len(tokens) < num_windows * length:
         raise ValueError(
-            f"the text has {len(tokens):,} tokens; to score {num_scored:,} in windows of {length:,} takes "
+            f"the text has {len(tokens):,} tokens; to score {num_scored:,} in windows of "
+            f"{length:,} takes "
             f"{num_windows * length:,}: lower --tokens or give a longer text"
         )
     return np.asarray(tokens[: num_windows * length], np.int32).reshape(num_windows, length)
@@ -160,7 +178,11 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name:<20}{value:>12,.5g}" if isinstance(value, float) else f"{name:<20}{value:>12,}")
+            print(
+                f"{name:<20}{value:>12,.5g}"
+                if isinstance(value, float)
+                else f"{name:<20}{value:>12,}"
+            )
 
 
 if __name__ == "__main__":

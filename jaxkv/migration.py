@@ -1,4 +1,5 @@
-"""How tokens pass from tier to tier: what arrives is written, what is due leaves, and the first to come set a tier's basis."""
+"""How tokens pass from tier to tier: what arrives is written, what is due leaves, and the first to
+come set a tier's basis."""
 
 from __future__ import annotations
 
@@ -10,23 +11,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import ring, tokens
-from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv import ring
+from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.formats import Format
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.state import Tier
-from jaxkv.tokens import Index, Tokens
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Index, Tokens
 
 ALIGN_TOKENS = 128
-"""Tokens whose mean sets an aligning tier's basis (16 give most of it; KL 0.0020 against 0.0023)."""
+"""Tokens whose mean sets an aligning tier's basis (16 give most of it; KL 0.0020 against
+0.0023)."""
 
 ODD_TOKENS = 4
-"""The first tokens of a row, left out of that mean: heads dump their weight on them, and their keys look like no other."""
+"""The first tokens of a row, left out of that mean: heads dump their weight on them, and their keys
+look like no other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Where the boundaries of `ring.starts` go in one append, and what the rings had kept before it."""
+    """Where the boundaries of `ring.starts` go in one append, and what the rings had kept before
+    it."""
 
     kept: jax.Array  # [B, n]
     low: list[jax.Array]  # before, [B] each
@@ -35,30 +41,49 @@ class Passage:
     def into(self, config: KvCacheConfig, index: int) -> tuple[jax.Array, jax.Array]:
         """The positions [first, stop) [B] to be written to tier `index` >= 1.
 
-        From an evicted start they begin a batch earlier where those tokens are still there: groups need them, and a rewind may.
+        From an evicted start they begin a batch earlier where those tokens are still there: groups
+        need them, and a rewind may.
         """
         old, stop = self.low[index - 1], self.new_low[index - 1]
         batch = ring.round_down(config, old)
         if config.chain[index].group > 1:
             return batch, ring.round_down(config, stop)
-        return jnp.where(old == self.low[-1], jnp.maximum(batch, self.kept[:, index - 1]), old), stop
+        return jnp.where(
+            old == self.low[-1], jnp.maximum(batch, self.kept[:, index - 1]), old
+        ), stop
 
     def is_first(self, upper: jax.Array, new_upper: jax.Array) -> jax.Array:
-        """The rows [B] that write to a last tier, from `upper` on, that holds nothing, and nothing that a rewind could bring back."""
+        """The rows [B] that write to a last tier, from `upper` on, that holds nothing, and nothing
+        that a rewind could bring back."""
         return (upper == self.kept[:, -1]) & (new_upper > upper)
 
 
 def take_in(
-    config: KvCacheConfig, tiers: tuple[Tier, ...], new: Arrival, passage: Passage, layer: Index, implementation: Implementation
+    config: KvCacheConfig,
+    tiers: tuple[Tier, ...],
+    new: Arrival,
+    passage: Passage,
+    layer: Index,
+    implementation: Implementation,
 ) -> tuple[Tier, ...]:
     """The tiers after `new` has entered the first and all that is due has moved on."""
-    first = aligned(tiers[0], config.chain[0], passage.is_first(new.first, new.stop), lambda: first_of(new), layer)
+    first = aligned(
+        tiers[0],
+        config.chain[0],
+        passage.is_first(new.first, new.stop),
+        lambda: first_of(new),
+        layer,
+    )
     first = store(first, config.chain[0], new, layer, implementation)
 
     def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
         source, done = Source(config, 0, tiers[0], first, new, layer), []
         for index, tier in enumerate(rest, start=1):
-            spec, upper, new_upper = config.chain[index], passage.low[index - 1], passage.new_low[index - 1]
+            spec, upper, new_upper = (
+                config.chain[index],
+                passage.low[index - 1],
+                passage.new_low[index - 1],
+            )
             first_tokens = functools.partial(source.first_tokens, upper)
             ready = aligned(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
             arrival = source.leaving(passage)
@@ -68,15 +93,20 @@ def take_in(
 
     rest = tiers[1:]
     if rest and new.size < config.step:
-        # Most steps of a batched cache move nothing. The branch that does nothing comes first: the other way round costs three copies
-        # of the cache (jax-ml/jax#39449).
-        return first, *lax.switch(jnp.any(passage.new_low[0] > passage.low[0]).astype(jnp.int32), [lambda same: same, pass_on], rest)
+        # Most steps of a batched cache move nothing. The branch that does nothing comes first: the
+        # other way round costs three copies of the cache (jax-ml/jax#39449).
+        return first, *lax.switch(
+            jnp.any(passage.new_low[0] > passage.low[0]).astype(jnp.int32),
+            [lambda same: same, pass_on],
+            rest,
+        )
     return first, *pass_on(rest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are to be written."""
+    """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are
+    to be written."""
 
     keys: jax.Array  # [B, M, K, H]
     values: jax.Array
@@ -93,20 +123,29 @@ def _positions(base: jax.Array, size: int) -> jax.Array:
     return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
 
 
-def store(tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index, implementation: Implementation) -> Tier:
+def store(
+    tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index, implementation: Implementation
+) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
     position = _positions(arrival.base, arrival.size)
     lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)[:, None]
     slots = ring.slot_of(position, spec.offset, spec.capacity)
-    slots = jnp.where((position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity)
+    slots = jnp.where(
+        (position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity
+    )
     keys = dispatch.write(tier.keys, spec.key, arrival.keys, slots, layer, implementation)
-    return Tier(keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer, implementation))
+    return Tier(
+        keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer, implementation)
+    )
 
 
 def first_of(arrival: Arrival) -> tuple[jax.Array, jax.Array]:
-    """The keys and values [B, 1, K, H] of the first token to be written; of a row that has none, any."""
+    """The keys and values [B, 1, K, H] of the first token to be written; of a row that has none,
+    any."""
     index = (arrival.first - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
-    return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(arrival.values, index, 1)
+    return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(
+        arrival.values, index, 1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +166,8 @@ class Source:
     def leaving(self, passage: Passage) -> Arrival:
         """What is written to the next tier, as this one represents it.
 
-        A group gets the oldest token there is in place of evicted ones that are gone, so that they do not widen its range.
+        A group gets the oldest token there is in place of evicted ones that are gone, so that they
+        do not widen its range.
         """
         base = ring.round_down(self.config, passage.low[self.index])
         size = -(-self.arrival.size // self.config.step) * self.config.step
@@ -141,15 +181,18 @@ class Source:
         return self.tokens_at(_positions(first + skip, size - skip))
 
     def tokens_at(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, M, K, H] of positions [B, M] that the tier holds or held before the arrival.
+        """Keys and values [B, M, K, H] of positions [B, M] that the tier holds or held before the
+        arrival.
 
-        They are read from the written ring, which has slots to spare for it; only an arrival that overruns those (a prompt) takes the
-        old ring and the arrival apart.
+        They are read from the written ring, which has slots to spare for it; only an arrival that
+        overruns those (a prompt) takes the old ring and the arrival apart.
         """
         spec = self.spec
         slots = ring.slot_of(position, spec.offset, spec.capacity)
         has_room = spec.capacity >= spec.length + self.config.step - 1 + self.arrival.size
-        fresh = (position - self.arrival.base[:, None]).clip(0, self.arrival.size - 1)[..., None, None]
+        fresh = (position - self.arrival.base[:, None]).clip(0, self.arrival.size - 1)[
+            ..., None, None
+        ]
         is_fresh = (position >= self.arrival.first[:, None])[..., None, None]
 
         def half(before: Tokens, after: Tokens, fmt: Format, new: jax.Array) -> jax.Array:
@@ -157,14 +200,25 @@ class Source:
                 return tokens.read(after, fmt, slots, self.layer)
             basis = tokens.basis_of(after, fmt, self.layer)
             represented = tokens.decode(basis, tokens.encode(basis, new))
-            return jnp.where(is_fresh, jnp.take_along_axis(represented, fresh, 1), tokens.read(before, fmt, slots, self.layer))
+            return jnp.where(
+                is_fresh,
+                jnp.take_along_axis(represented, fresh, 1),
+                tokens.read(before, fmt, slots, self.layer),
+            )
 
         keys = half(self.old.keys, self.written.keys, spec.key, self.arrival.keys)
         return keys, half(self.old.values, self.written.values, spec.value, self.arrival.values)
 
 
-def aligned(tier: Tier, spec: TierSpec, entering: jax.Array, first: Callable[[], tuple[jax.Array, jax.Array]], layer: Index) -> Tier:
-    """The tier with its mirrors set where a row's first tokens are `entering` [B]; `first` gives some of those, [B, n, K, H]."""
+def aligned(
+    tier: Tier,
+    spec: TierSpec,
+    entering: jax.Array,
+    first: Callable[[], tuple[jax.Array, jax.Array]],
+    layer: Index,
+) -> Tier:
+    """The tier with its mirrors set where a row's first tokens are `entering` [B]; `first` gives
+    some of those, [B, n, K, H]."""
     halves = (tier.keys, spec.key), (tier.values, spec.value)
     old = [half.mirror for half, _ in halves]
     if old == [None, None]:
@@ -177,4 +231,9 @@ def aligned(tier: Tier, spec: TierSpec, entering: jax.Array, first: Callable[[],
         ]
 
     new = lax.switch(entering.any().astype(jnp.int32), [lambda same: same, look], old)
-    return Tier(*(dataclasses.replace(half, mirror=mirror) for (half, _), mirror in zip(halves, new, strict=True)))
+    return Tier(
+        *(
+            dataclasses.replace(half, mirror=mirror)
+            for (half, _), mirror in zip(halves, new, strict=True)
+        )
+    )

@@ -1,4 +1,5 @@
-"""How much memory a cache takes before it is made: per token, per tier and per device, and what fits, next to fp16."""
+"""How much memory a cache takes before it is made: per token, per tier and per device, and what
+fits, next to fp16."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxkv.config import Format, KvCacheConfig, Precision, TierSpec
+from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.formats import Format, Precision
 from jaxkv.sharding import Axes, check_divides, share, size
 from jaxkv.state import bytes_per_token, init
-from jaxkv.tokens import shapes
+from jaxkv.tiers.tokens import shapes
 
 AXES = Axes(batch="batch", heads="heads", context="context")
 """The mesh axes that a plan knows, by the names of what they split."""
@@ -35,20 +37,30 @@ class ModelShape:
         """Reads a config.json, or the one in a folder.
 
         Raises:
-          ValueError: the model caches something else than keys and values of every head, or the file does not say how many.
+          ValueError: the model caches something else than keys and values of every head, or the
+            file does not say how many.
         """
         path = os.path.join(path, "config.json") if os.path.isdir(path) else path
         with open(path, encoding="utf-8") as file:
             fields = json.load(file)
         fields = {**fields, **fields.get("text_config", {})}
         if fields.get("kv_lora_rank"):
-            raise ValueError(f"{os.fspath(path)}: the model caches latent vectors (kv_lora_rank), not keys and values")
+            raise ValueError(
+                f"{os.fspath(path)}: the model caches latent vectors (kv_lora_rank), not keys and "
+                "values"
+            )
         try:
             heads = fields["num_attention_heads"]
             head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-            layers, kv_heads = fields["num_hidden_layers"], fields.get("num_key_value_heads") or heads
+            layers, kv_heads = (
+                fields["num_hidden_layers"],
+                fields.get("num_key_value_heads") or heads,
+            )
         except KeyError as error:
-            raise ValueError(f"{os.fspath(path)} has no {error}: give --layers, --kv-heads and --head-dim instead") from None
+            raise ValueError(
+                f"{os.fspath(path)} has no {error}: give --layers, --kv-heads and --head-dim "
+                "instead"
+            ) from None
         return cls(layers, kv_heads, head_dim, fields.get("max_position_embeddings"))
 
 
@@ -96,7 +108,11 @@ class Fits:
 
 
 def plan(
-    config: KvCacheConfig, num_layers: int, batch_size: int = 1, devices: Mapping[str, int] | None = None, memory: int | None = None
+    config: KvCacheConfig,
+    num_layers: int,
+    batch_size: int = 1,
+    devices: Mapping[str, int] | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """The size of a cache of `batch_size` rows.
 
@@ -113,10 +129,25 @@ def plan(
     part = share(config, mesh, AXES)
     specs = ([part.sink_spec] if part.sink_tokens else []) + list(part.chain)
     rows = num_layers * batch_size // size(mesh, AXES.batch)
-    tiers = [_tier(part, spec, rows * copies, num_layers * size(mesh, AXES.heads), size(mesh, AXES.context)) for spec in specs]
+    tiers = [
+        _tier(
+            part, spec, rows * copies, num_layers * size(mesh, AXES.heads), size(mesh, AXES.context)
+        )
+        for spec in specs
+    ]
     fp16 = _fp16_bytes(config, num_layers, batch_size * config.max_tokens)
     fits = None if memory is None else _fits(config, num_layers, batch_size, mesh, memory)
-    return Plan(config, num_layers, batch_size, dict(mesh.shape), tiers, per_device, per_device * copies, fp16, fits)
+    return Plan(
+        config,
+        num_layers,
+        batch_size,
+        dict(mesh.shape),
+        tiers,
+        per_device,
+        per_device * copies,
+        fp16,
+        fits,
+    )
 
 
 def state_bytes(config: KvCacheConfig, num_layers: int | None, batch_size: int) -> int:
@@ -131,7 +162,9 @@ def _mesh(devices: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(devices.get(name, 1) for name in names), tuple(names))
 
 
-def _device_bytes(config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh) -> int:
+def _device_bytes(
+    config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh
+) -> int:
     check_divides("batch_size", batch_size, mesh, AXES.batch)
     rows = batch_size // size(mesh, AXES.batch)
     whole_end = 4 * num_layers * rows if size(mesh, AXES.context) > 1 else 0  # `Shards.end`
@@ -139,10 +172,22 @@ def _device_bytes(config: KvCacheConfig, num_layers: int, batch_size: int, mesh:
 
 
 def _tier(config: KvCacheConfig, spec: TierSpec, copies: int, heads: int, parts: int) -> TierPlan:
-    """A tier of which every device has `spec`, `copies` times in all; a token has `heads` such parts."""
-    one = sum(_nbytes(shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim)) for fmt in (spec.key, spec.value))
+    """A tier of which every device has `spec`, `copies` times in all; a token has `heads` such
+    parts."""
+    one = sum(
+        _nbytes(shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim))
+        for fmt in (spec.key, spec.value)
+    )
     token = bytes_per_token(config, spec) * heads
-    return TierPlan(spec.name, describe(spec.key), describe(spec.value), spec.length * parts, spec.capacity * parts, token, one * copies)
+    return TierPlan(
+        spec.name,
+        describe(spec.key),
+        describe(spec.value),
+        spec.length * parts,
+        spec.capacity * parts,
+        token,
+        one * copies,
+    )
 
 
 def _nbytes(tree: Any) -> int:
@@ -154,15 +199,23 @@ def describe(fmt: Format) -> str:
     if isinstance(fmt, Precision):
         return fmt.value
     unit = f"{fmt.group_size} tokens of a channel" if fmt.axis == "channel" else f"{fmt.group_size}"
-    flags = [name for name in ("two_level", "symmetric", "rotate", "align", "center") if getattr(fmt, name)]
-    return ", ".join([f"{fmt.bits} bits, groups of {unit}", *(flag.replace("_", " ") for flag in flags)])
+    flags = [
+        name
+        for name in ("two_level", "symmetric", "rotate", "align", "center")
+        if getattr(fmt, name)
+    ]
+    return ", ".join(
+        [f"{fmt.bits} bits, groups of {unit}", *(flag.replace("_", " ") for flag in flags)]
+    )
 
 
 def _fp16_bytes(config: KvCacheConfig, num_layers: int, tokens: int) -> int:
     return 2 * 2 * config.num_kv_heads * config.head_dim * num_layers * tokens
 
 
-def _fits(config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh, memory: int) -> Fits:
+def _fits(
+    config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh, memory: int
+) -> Fits:
     parts, rows = size(mesh, AXES.context), size(mesh, AXES.batch)
     least = config.sink_tokens + config.tail_length + config.warm_length
     least += 0 if config.tail_length + config.warm_length else parts
@@ -175,7 +228,13 @@ def _fits(config: KvCacheConfig, num_layers: int, batch_size: int, mesh: Abstrac
     sequences = memory // _device_bytes(config, num_layers, rows, mesh) * rows
     token = _fp16_bytes(config, num_layers, 1)
     everywhere = memory * math.prod(mesh.shape.values())
-    return Fits(memory, tokens, sequences, everywhere // (token * batch_size), everywhere // (token * config.max_tokens))
+    return Fits(
+        memory,
+        tokens,
+        sequences,
+        everywhere // (token * batch_size),
+        everywhere // (token * config.max_tokens),
+    )
 
 
 def _last(holds: Callable[[int], bool]) -> int:

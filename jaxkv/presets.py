@@ -1,11 +1,13 @@
-"""Configurations with names, chosen by measurement (README, quality), and policies that differ by layer."""
+"""Configurations with names, chosen by measurement (README, quality), and policies that differ by
+layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from jaxkv.config import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.formats import Precision, QuantSpec
 from jaxkv.state import CacheState, init
 
 
@@ -14,11 +16,26 @@ def _coded(bits: int, group_size: int | None = None) -> QuantSpec:
 
 
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
-    "FP16": (dict(store_precision=Precision.FP16), "No quantization; what the others are measured against."),
-    "Q8": (dict(store_precision=Precision.Q8), "When nothing may be lost: half the memory, no measurable difference."),
-    "Q4": (dict(store_precision=Precision.Q4), "The default: 28 % of the memory, a loss that few tasks notice."),
-    "Q4_SINKS": (dict(store_precision=Precision.Q4, sink_tokens=64), "The best 4.5 bits: the first 64 tokens stay exact."),
-    "Q4K": (dict(store_precision=Precision.Q4K), "Smaller groups at the price of Q4's: for models with wide outliers."),
+    "FP16": (
+        dict(store_precision=Precision.FP16),
+        "No quantization; what the others are measured against.",
+    ),
+    "Q8": (
+        dict(store_precision=Precision.Q8),
+        "When nothing may be lost: half the memory, no measurable difference.",
+    ),
+    "Q4": (
+        dict(store_precision=Precision.Q4),
+        "The default: 28 % of the memory, a loss that few tasks notice.",
+    ),
+    "Q4_SINKS": (
+        dict(store_precision=Precision.Q4, sink_tokens=64),
+        "The best 4.5 bits: the first 64 tokens stay exact.",
+    ),
+    "Q4K": (
+        dict(store_precision=Precision.Q4K),
+        "Smaller groups at the price of Q4's: for models with wide outliers.",
+    ),
     "Q4_BIAS": (
         dict(
             key_quant=QuantSpec(4, 32, axis="channel"),
@@ -27,13 +44,17 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
             migration_batch=32,
             sink_tokens=64,
         ),
-        "For large key biases, as Qwen2 has them: keys per channel. The least loss at 4 bits elsewhere, too.",
+        "For large key biases, as Qwen2 has them: keys per channel. The least loss at 4 bits "
+        "elsewhere, too.",
     ),
     "K4V2": (
         dict(key_quant=_coded(4), value_quant=_coded(2), sink_tokens=64),
         "A fifth of the memory: values bear 2 bits, keys do not.",
     ),
-    "Q2": (dict(store_precision=Precision.Q2, sink_tokens=64), "The longest context that still reads well: 2.5 bits, sinks exact."),
+    "Q2": (
+        dict(store_precision=Precision.Q2, sink_tokens=64),
+        "The longest context that still reads well: 2.5 bits, sinks exact.",
+    ),
     "KIVI2": (
         dict(
             key_quant=QuantSpec(2, 32, axis="channel"),
@@ -48,7 +69,8 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def preset(name: str, **fields: Any) -> KvCacheConfig:
-    """The configuration of a preset; other fields (max_tokens, num_kv_heads, head_dim, ...) as given.
+    """The configuration of a preset; other fields (max_tokens, num_kv_heads, head_dim, ...) as
+    given.
 
     Raises:
       ValueError: no such preset.
@@ -58,14 +80,20 @@ def preset(name: str, **fields: Any) -> KvCacheConfig:
     return KvCacheConfig(**{**PRESETS[name.upper()][0], **fields})
 
 
-def exact_ends(config: KvCacheConfig, num_layers: int, first: int = 1, last: int = 1) -> list[KvCacheConfig]:
-    """One config per layer: `config`, but the first and last layers unquantized (they are the most sensitive; vLLM, SGLang).
+def exact_ends(
+    config: KvCacheConfig, num_layers: int, first: int = 1, last: int = 1
+) -> list[KvCacheConfig]:
+    """One config per layer: `config`, but the first and last layers unquantized (they are the most
+    sensitive; vLLM, SGLang).
 
     Raises:
       ValueError: more exact layers than layers.
     """
     if first < 0 or last < 0 or first + last > num_layers:
-        raise ValueError(f"first={first}, last={last}: must be at least 0 and together at most num_layers={num_layers}")
+        raise ValueError(
+            f"first={first}, last={last}: must be at least 0 and together at most "
+            f"num_layers={num_layers}"
+        )
     room = config.max_tokens - config.sink_tokens
     exact = KvCacheConfig(
         tail_length=room,
@@ -92,5 +120,8 @@ def init_stack(configs: Sequence[KvCacheConfig], batch_size: int = 1) -> CacheSt
       ValueError: the layers differ, so that their arrays do not stack.
     """
     if len(set(configs)) != 1:
-        raise ValueError(f"{len(set(configs))} different configs: a stack needs one; unroll the layers and use init_layers")
+        raise ValueError(
+            f"{len(set(configs))} different configs: a stack needs one; unroll the layers and use "
+            "init_layers"
+        )
     return init(configs[0], batch_size, num_layers=len(configs))

@@ -1,7 +1,8 @@
 """Position arithmetic: which tier holds a position, in which slot, and which position a slot holds.
 
-A row of the batch knows two things (int32): `end`, its next position, and `kept` [n], the first position whose data is still in
-the ring of each of its n tiers. Everything else follows. Positions below `sink_tokens` are sinks; the chain holds the rest.
+A row of the batch knows two things (int32): `end`, its next position, and `kept` [n], the first
+position whose data is still in the ring of each of its n tiers. Everything else follows. Positions
+below `sink_tokens` are sinks; the chain holds the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def chain_end(config: KvCacheConfig, end: jax.Array) -> jax.Array:
 
 
 def starts(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> list[jax.Array]:
-    """The first position of each tier, newest tier first; the last of them is the first position held at all.
+    """The first position of each tier, newest tier first; the last of them is the first position
+    held at all.
 
     Args:
       end: [...] next position.
@@ -43,14 +45,16 @@ def uppers(config: KvCacheConfig, end: jax.Array, lows: list[jax.Array]) -> list
 
 
 def round_down(config: KvCacheConfig, position: jax.Array) -> jax.Array:
-    """The last boundary (multiple of `config.step`, counted from the end of the sinks) not after `position`."""
+    """The last boundary (multiple of `config.step`, counted from the end of the sinks) not after
+    `position`."""
     if config.step == 1:
         return position
     return position - (position - config.sink_tokens) % config.step
 
 
 def still_kept(config: KvCacheConfig, kept: jax.Array, tops: list[jax.Array]) -> jax.Array:
-    """`kept` after tier i has been written up to position `tops[i]`: a ring overwrites what lies a capacity behind."""
+    """`kept` after tier i has been written up to position `tops[i]`: a ring overwrites what lies a
+    capacity behind."""
     oldest = [top - tier.capacity for top, tier in zip(tops, config.chain, strict=True)]
     return jnp.maximum(kept, jnp.stack(oldest, axis=-1))
 
@@ -61,6 +65,9 @@ def slot_of(position: jax.Array, offset: int, capacity: int) -> jax.Array:
 
 
 def position_of(slot: jax.Array, top: jax.Array, offset: int, capacity: int) -> jax.Array:
-    """The newest position below `top` that lives in `slot`. It may lie below what is held: compare it with the tier's start."""
-    filled = (top - offset) % capacity  # slots of the ring's present round; a division per row, none per slot
+    """The newest position below `top` that lives in `slot`. It may lie below what is held: compare
+    it with the tier's start."""
+    filled = (
+        top - offset
+    ) % capacity  # slots of the ring's present round; a division per row, none per slot
     return top - filled + slot - jnp.where(slot < filled, 0, capacity)

@@ -1,4 +1,5 @@
-"""What a query may look at, and what is done to its scores: causality, windows, caps, decay, biases, masks, sink logits."""
+"""What a query may look at, and what is done to its scores: causality, windows, caps, decay,
+biases, masks, sink logits."""
 
 from __future__ import annotations
 
@@ -19,12 +20,15 @@ EVERY = jnp.iinfo(jnp.int32).max - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """The options of attention, all combinable. Applied in this order: scale, soft cap, decay and bias, then the masks.
+    """The options of attention, all combinable. Applied in this order: scale, soft cap, decay and
+    bias, then the masks.
 
     Attributes:
       scale: of the scores (`attend` passes H**-0.5 unless told otherwise).
-      causal: a query sees its own position and those before it. False for cross-attention: every token held.
-      window: a query sees the newest `window` positions up to its own, and the sinks besides (StreamingLLM).
+      causal: a query sees its own position and those before it. False for cross-attention: every
+        token held.
+      window: a query sees the newest `window` positions up to its own, and the sinks besides
+        (StreamingLLM).
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
       decay: rate, or rates [N]: `-rate * age` is added, age in tokens (ALiBi).
       bias: [B or 1, N or 1, T, P] float, added to the scores of position p < P; 0 beyond P.
@@ -52,33 +56,48 @@ class Scoring:
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"soft_cap={self.soft_cap}: must be positive")
         if self.decay is not None and jnp.shape(self.decay) not in ((), (heads,)):
-            raise ValueError(f"decay has shape {jnp.shape(self.decay)}: must be a scalar or [N] = [{heads}]")
+            raise ValueError(
+                f"decay has shape {jnp.shape(self.decay)}: must be a scalar or [N] = [{heads}]"
+            )
         if self.sink_logits is not None and self.sink_logits.shape != (heads,):
             raise ValueError(f"sink_logits.shape={self.sink_logits.shape}: must be [N] = [{heads}]")
 
     @property
     def changes_scores(self) -> bool:
         """Whether `adjust` does anything."""
-        return any(option is not None for option in (self.soft_cap, self.decay, self.bias, self.mask))
+        return any(
+            option is not None for option in (self.soft_cap, self.decay, self.bias, self.mask)
+        )
 
     def bounds(self, query: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The last position that queries at [B, T] (-1: none) may see and, sinks aside, the first (None: any), both [B, T]."""
+        """The last position that queries at [B, T] (-1: none) may see and, sinks aside, the first
+        (None: any), both [B, T]."""
         upto = query if self.causal else jnp.where(query >= 0, EVERY, -1)
-        return upto, None if self.window is None else query - jnp.asarray(self.window, jnp.int32) + 1
+        return upto, None if self.window is None else query - jnp.asarray(
+            self.window, jnp.int32
+        ) + 1
 
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
-        """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool [B, T, S]."""
+        """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool
+        [B, T, S]."""
         upto, since = self.bounds(query)
         seen = (key[:, None] <= upto[..., None]) & (key[:, None] >= 0)
-        return seen if since is None else seen & ((key[:, None] >= since[..., None]) | (key[:, None] < sink_tokens))
+        return (
+            seen
+            if since is None
+            else seen & ((key[:, None] >= since[..., None]) | (key[:, None] < sink_tokens))
+        )
 
     def adjust(self, scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Scores [B, K, G, T, S] of queries at [B, T] and keys at [B, S] with cap, decay and bias; -inf where masked."""
+        """Scores [B, K, G, T, S] of queries at [B, T] and keys at [B, S] with cap, decay and bias;
+        -inf where masked."""
         heads = scores.shape[1:3]
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         if self.decay is not None:
-            rates = jnp.broadcast_to(jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)).reshape(*heads, 1, 1)
+            rates = jnp.broadcast_to(
+                jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)
+            ).reshape(*heads, 1, 1)
             age = (query[:, :, None] - key[:, None]).astype(jnp.float32)
             scores = scores - rates * age[:, None, None]
         if self.bias is not None:
@@ -99,31 +118,45 @@ class Scoring:
         """The options for one row of the batch only; None: for all."""
         if row is None:
             return self
-        return self._with_tables(lambda table: table if len(table) == 1 else lax.dynamic_slice_in_dim(table, row, 1))
+        return self._with_tables(
+            lambda table: table if len(table) == 1 else lax.dynamic_slice_in_dim(table, row, 1)
+        )
 
     def _with_tables(self, change: Callable[[jax.Array], jax.Array]) -> Scoring:
         bias, mask = (table if table is None else change(table) for table in (self.bias, self.mask))
         return dataclasses.replace(self, bias=bias, mask=mask)
 
     def sink_partial(self, shape: tuple[int, ...]) -> Partial:
-        """The learned logits as a Partial [B, K, G * T] of a token whose value is zero; without them, nothing."""
+        """The learned logits as a Partial [B, K, G * T] of a token whose value is zero; without
+        them, nothing."""
         b, k, rows, h = shape
         if self.sink_logits is None:
             return softmax.empty((b, k, rows), h)
         logits = jnp.asarray(self.sink_logits, jnp.float32).reshape(1, k, -1, 1)
-        top = jnp.broadcast_to(logits, (b, k, logits.shape[2], rows // logits.shape[2])).reshape(b, k, rows)
+        top = jnp.broadcast_to(logits, (b, k, logits.shape[2], rows // logits.shape[2])).reshape(
+            b, k, rows
+        )
         return Partial(jnp.zeros(shape), top, jnp.ones_like(top))
 
 
-def _check_by_position(name: str, array: jax.Array | None, batch: int, heads: int, queries: int) -> None:
+def _check_by_position(
+    name: str, array: jax.Array | None, batch: int, heads: int, queries: int
+) -> None:
     if array is None:
         return
     wanted = ((1, batch), (1, heads), (queries,))
-    if array.ndim != 4 or any(size not in sizes for size, sizes in zip(array.shape, wanted, strict=False)):
-        raise ValueError(f"{name}.shape={array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, N={heads}, T={queries}")
+    if array.ndim != 4 or any(
+        size not in sizes for size, sizes in zip(array.shape, wanted, strict=False)
+    ):
+        raise ValueError(
+            f"{name}.shape={array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, "
+            f"N={heads}, T={queries}"
+        )
 
 
-def _by_position(table: jax.Array, key: jax.Array, heads: tuple[int, ...], beyond: float | bool) -> jax.Array:
+def _by_position(
+    table: jax.Array, key: jax.Array, heads: tuple[int, ...], beyond: float | bool
+) -> jax.Array:
     """[B or 1, N or 1, T, P] looked up at positions [B, S] -> [B, K or 1, G or 1, T, S]."""
     size = table.shape[-1]
     table = jnp.broadcast_to(table, (key.shape[0], *table.shape[1:]))

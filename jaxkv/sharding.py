@@ -1,8 +1,11 @@
-"""A cache on many devices, under `jit`: partition specs by rows and kv heads, and how much of a cache one device of a mesh holds.
+"""A cache on many devices, under `jit`: partition specs by rows and kv heads, and how much of a
+cache one device of a mesh holds.
 
-A `CacheState` placed by `place` works with every verb as it is (on GPUs with `implementation="xla"`: no kernel can be partitioned), and
-XLA adds what communication it wants: none for `attend`, for `append` some of the size of the new tokens. On a mesh of explicit axes wrap a
-verb in `jax.sharding.auto_axes`. Without any communication, and with contexts split over devices: `jaxkv.shards`.
+A `CacheState` placed by `place` works with every verb as it is (on GPUs with
+`implementation="xla"`: no kernel can be partitioned), and XLA adds what communication it wants:
+none for `attend`, for `append` some of the size of the new tokens. On a mesh of explicit axes wrap
+a verb in `jax.sharding.auto_axes`. Without any communication, and with contexts split over devices:
+`jaxkv.shards`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxkv.config import KvCacheConfig, Migration, QuantSpec
+from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.formats import QuantSpec
 from jaxkv.state import CacheState
 
 AnyMesh = Mesh | AbstractMesh  # sizes can be asked of a mesh without devices too
@@ -29,7 +33,8 @@ class Axes:
 
     @property
     def tokens(self) -> PartitionSpec:
-        """Of keys, values, queries and outputs, [B, T, heads, H]. Every context device sees all T."""
+        """Of keys, values, queries and outputs, [B, T, heads, H]. Every context device sees all
+        T."""
         return PartitionSpec(self.batch, None, self.heads)
 
     @property
@@ -39,12 +44,15 @@ class Axes:
 
 
 def specs(state: CacheState, axes: Axes) -> Any:
-    """The partition spec of every leaf of a state split by rows and kv heads, as a tree like the state."""
+    """The partition spec of every leaf of a state split by rows and kv heads, as a tree like the
+    state."""
     lead = [None] * (state.end.ndim - 1)  # layers
 
     def of_tokens(leaf: Any) -> PartitionSpec:
         # One group over all heads has one scale, which every device needs.
-        return PartitionSpec(*lead, axes.batch, axes.heads if leaf.shape[len(lead) + 1] > 1 else None)
+        return PartitionSpec(
+            *lead, axes.batch, axes.heads if leaf.shape[len(lead) + 1] > 1 else None
+        )
 
     rows: Any = PartitionSpec(*lead, axes.batch)
     sinks, tiers = jax.tree.map(of_tokens, (state.sinks, state.tiers))
@@ -58,7 +66,10 @@ def place(state: CacheState, mesh: Mesh, axes: Axes) -> CacheState:
       ValueError: sizes that do not divide; `axes.context`, by which no existing state can be split.
     """
     if axes.context is not None:
-        raise ValueError(f"context={axes.context!r}: a state is split by batch and heads only; deal out positions with jaxkv.shards.init")
+        raise ValueError(
+            f"context={axes.context!r}: a state is split by batch and heads only; deal out "
+            "positions with jaxkv.shards.init"
+        )
     check_divides("batch_size", state.batch_size, mesh, axes.batch)
     check_divides("num_kv_heads", state.config.num_kv_heads, mesh, axes.heads)
     return jax.device_put(state, shardings(specs(state, axes), mesh))
@@ -66,14 +77,17 @@ def place(state: CacheState, mesh: Mesh, axes: Axes) -> CacheState:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree of partition specs as one of shardings, for `device_put`, `jit` and checkpoints."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def share(config: KvCacheConfig, mesh: AnyMesh, axes: Axes) -> KvCacheConfig:
     """What one device holds of a cache: its part of the heads, and of every tier's tokens.
 
     Raises:
-      ValueError: the heads or a length are not divisible among the devices, or a scale spans heads of several devices.
+      ValueError: the heads or a length are not divisible among the devices, or a scale spans heads
+        of several devices.
     """
     heads, parts = size(mesh, axes.heads), size(mesh, axes.context)
     check_divides("num_kv_heads", config.num_kv_heads, mesh, axes.heads)
@@ -81,9 +95,16 @@ def share(config: KvCacheConfig, mesh: AnyMesh, axes: Axes) -> KvCacheConfig:
     names += ["migration_batch"] if config.migration is Migration.BATCHED else []
     for name in names:
         check_divides(name, getattr(config, name), mesh, axes.context)
-    formats = [fmt for tier in config.chain for fmt in (tier.key, tier.value) if isinstance(fmt, QuantSpec)]
-    if heads > 1 and any(fmt.axis == "token" and (fmt.group_size or 0) > config.head_dim for fmt in formats):
-        raise ValueError("a quantization group over all heads cannot be split by heads: choose a group_size that divides head_dim")
+    formats = [
+        fmt for tier in config.chain for fmt in (tier.key, tier.value) if isinstance(fmt, QuantSpec)
+    ]
+    if heads > 1 and any(
+        fmt.axis == "token" and (fmt.group_size or 0) > config.head_dim for fmt in formats
+    ):
+        raise ValueError(
+            "a quantization group over all heads cannot be split by heads: choose a group_size "
+            "that divides head_dim"
+        )
     lengths = {name: getattr(config, name) // parts for name in names}
     lengths["rewind_length"] = -(-config.rewind_length // parts)
     return dataclasses.replace(config, num_kv_heads=config.num_kv_heads // heads, **lengths)
@@ -98,4 +119,7 @@ def size(mesh: AnyMesh, axis: str | None) -> int:
 
 def check_divides(name: str, value: int, mesh: AnyMesh, axis: str | None) -> None:
     if value % size(mesh, axis):
-        raise ValueError(f"{name}={value}: must be a multiple of the {size(mesh, axis)} devices of mesh axis {axis!r}")
+        raise ValueError(
+            f"{name}={value}: must be a multiple of the {size(mesh, axis)} devices of mesh axis "
+            f"{axis!r}"
+        )

@@ -1,10 +1,13 @@
-"""A cache dealt out over the devices of a mesh, for use inside `jax.shard_map`: rows, kv heads, and positions.
+"""A cache dealt out over the devices of a mesh, for use inside `jax.shard_map`: rows, kv heads, and
+positions.
 
-Of the C devices along the context axis, number c holds the positions p with p % C == c, in a complete smaller cache where p is position
-p // C. All devices are then equally full at any time; tokens migrate and are evicted without leaving their device; and every tier of the
-whole holds the tokens that it would hold on one device (batched migration: each device's boundary, less than a batch apart).
-An `attend` runs over each device's own tokens and merges the partial results once (`softmax.merge_over`), the only communication there
-is. (vLLM's decode context parallelism deals out positions in the same way.)
+Of the C devices along the context axis, number c holds the positions p with p % C == c, in a
+complete smaller cache where p is position p // C. All devices are then equally full at any time;
+tokens migrate and are evicted without leaving their device; and every tier of the whole holds the
+tokens that it would hold on one device (batched migration: each device's boundary, less than a
+batch apart). An `attend` runs over each device's own tokens and merges the partial results once
+(`softmax.merge_over`), the only communication there is. (vLLM's decode context parallelism deals
+out positions in the same way.)
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from jaxkv.scoring import Scoring
 from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
-from jaxkv.tokens import Index
+from jaxkv.tiers.tokens import Index
 
 
 @jax.tree_util.register_dataclass
@@ -37,21 +40,35 @@ from jaxkv.tokens import Index
 class Shards:
     """One cache on many devices. Made by `init`; the verbs of this module return a new one."""
 
-    cache: CacheState  # config: one device's share; leaves: [C, ...], inside shard_map [1, ...], of what `jaxkv.init` allocates
+    # config: one device's share; leaves: [C, ...], inside shard_map [1, ...], of what `jaxkv.init`
+    # allocates
+    cache: CacheState
     end: jax.Array  # [B] or [L, B] int32: the next position of the whole
     axes: Axes = dataclasses.field(metadata={"static": True})
 
     @property
     def specs(self) -> Any:
-        """The partition spec of every leaf, a tree like this one: `in_specs` and `out_specs` of `shard_map`."""
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.cache)
+        """The partition spec of every leaf, a tree like this one: `in_specs` and `out_specs` of
+        `shard_map`."""
+        one = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.cache
+        )
         cache = specs(one, self.axes)
         dealt = jax.tree.map(lambda spec: PartitionSpec(self.axes.context, *spec), cache)
         return dataclasses.replace(self, cache=dealt, end=cache.end)
 
 
-def init(config: KvCacheConfig, batch_size: int, num_layers: int | None = None, *, mesh: Mesh, axes: Axes, **means: jax.Array) -> Shards:
-    """An empty cache dealt out over a mesh; each device allocates its own share. `means` as for `jaxkv.init`.
+def init(
+    config: KvCacheConfig,
+    batch_size: int,
+    num_layers: int | None = None,
+    *,
+    mesh: Mesh,
+    axes: Axes,
+    **means: jax.Array,
+) -> Shards:
+    """An empty cache dealt out over a mesh; each device allocates its own share. `means` as for
+    `jaxkv.init`.
 
     Raises:
       ValueError: sizes that do not divide; see `sharding.share`.
@@ -62,28 +79,58 @@ def init(config: KvCacheConfig, batch_size: int, num_layers: int | None = None, 
 
     def per_device(leaf: jax.Array) -> jax.Array:
         # What all heads share (the units of two-level scales), all heads of one device share.
-        return jnp.repeat(leaf, size(mesh, axes.heads), heads_axis) if leaf.shape[heads_axis] < config.num_kv_heads else leaf
+        return (
+            jnp.repeat(leaf, size(mesh, axes.heads), heads_axis)
+            if leaf.shape[heads_axis] < config.num_kv_heads
+            else leaf
+        )
 
     def allocate(means: dict[str, jax.Array]) -> Shards:
         all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
-        cache = dataclasses.replace(whole.init(all_heads, batch_size, num_layers, **means), config=part)
+        cache = dataclasses.replace(
+            whole.init(all_heads, batch_size, num_layers, **means), config=part
+        )
         sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
         cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
-        return Shards(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache), jnp.zeros_like(cache.end), axes)
+        return Shards(
+            jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache),
+            jnp.zeros_like(cache.end),
+            axes,
+        )
 
-    return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(means)
+    return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(
+        means
+    )
 
 
-def append(shards: Shards, keys: jax.Array, values: jax.Array, lengths: ArrayLike | None = None, *, layer: Index = None) -> Shards:
-    """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a device keeps its own positions."""
+def append(
+    shards: Shards,
+    keys: jax.Array,
+    values: jax.Array,
+    lengths: ArrayLike | None = None,
+    *,
+    layer: Index = None,
+) -> Shards:
+    """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a
+    device keeps its own positions."""
     deal = _Deal.of(shards)
     check_layer(layer, deal.cache.num_layers)
-    keys, values = check_new_tokens(keys, values, deal.cache.batch_size, deal.cache.config.num_kv_heads, deal.cache.config.head_dim)
-    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1])
+    keys, values = check_new_tokens(
+        keys,
+        values,
+        deal.cache.batch_size,
+        deal.cache.config.num_kv_heads,
+        deal.cache.config.head_dim,
+    )
+    count = in_range(
+        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1]
+    )
     end = shards.end if layer is None else shards.end[layer]
     own = deal.below(end + count) - deal.below(end)
     cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
-    return _dealt(shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count))
+    return _dealt(
+        shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count)
+    )
 
 
 def attend(
@@ -99,9 +146,13 @@ def attend(
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
     deal = _Deal.of(shards)
     check_layer(layer, deal.cache.num_layers)
-    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1])
+    count = in_range(
+        as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1]
+    )
     end = shards.end if layer is None else shards.end[layer]
-    first = end - count if options.get("causal", True) else jnp.maximum(end - count, 0)  # more queries than tokens see all of these
+    first = (
+        end - count if options.get("causal", True) else jnp.maximum(end - count, 0)
+    )  # more queries than tokens see all of these
     attention = _Attention.of(deal, query, first, count, scale, options)
     return attention.merged([attention.over(segments(deal.cache, layer), layer)], return_lse)
 
@@ -121,12 +172,17 @@ def prefill(
     """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
     deal = _Deal.of(shards)
     after = append(shards, keys, values, lengths, layer=layer)
-    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1])
+    count = in_range(
+        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1]
+    )
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
     raw = raw_segment(deal.own(keys, end), deal.own(values, end), stop - first, first)
     attention = _Attention.of(deal, query, end, count, scale, options)
-    return after, attention.merged([attention.over(segments(deal.cache, layer), layer), attention.over([raw], None)], return_lse)
+    return after, attention.merged(
+        [attention.over(segments(deal.cache, layer), layer), attention.over([raw], None)],
+        return_lse,
+    )
 
 
 def evict(shards: Shards, count: ArrayLike) -> Shards:
@@ -134,7 +190,9 @@ def evict(shards: Shards, count: ArrayLike) -> Shards:
     deal = _Deal.of(shards)
     begin = deal.total(deal.cache.begin)
     count = as_counts("count", count, deal.cache.batch_size, None)
-    return _drop(shards, deal, update.evict, deal.below(begin + count) - deal.below(begin), shards.end)
+    return _drop(
+        shards, deal, update.evict, deal.below(begin + count) - deal.below(begin), shards.end
+    )
 
 
 def rewind(shards: Shards, count: ArrayLike) -> Shards:
@@ -144,15 +202,20 @@ def rewind(shards: Shards, count: ArrayLike) -> Shards:
     return _drop(shards, deal, update.rewind, deal.below(shards.end) - deal.below(end), end)
 
 
-def _drop(shards: Shards, deal: _Deal, verb: Callable[..., CacheState], count: jax.Array, end: jax.Array) -> Shards:
-    """The shards after `verb` with `count` [B] or [L, B] on this device, in rows where all devices agree."""
+def _drop(
+    shards: Shards, deal: _Deal, verb: Callable[..., CacheState], count: jax.Array, end: jax.Array
+) -> Shards:
+    """The shards after `verb` with `count` [B] or [L, B] on this device, in rows where all devices
+    agree."""
     fresh = dataclasses.replace(deal.cache, status=jnp.zeros_like(deal.cache.status))
     after = (verb if end.ndim == 1 else jax.vmap(verb))(fresh, count)
     status = after.status if deal.axis is None else lax.pmax(after.status, deal.axis)
     refused = status > 0
     kept = jnp.where(refused[..., None], deal.cache.kept, after.kept)
     local_end = jnp.where(refused, deal.cache.end, after.end)
-    cache = dataclasses.replace(deal.cache, end=local_end, kept=kept, status=deal.cache.status | status)
+    cache = dataclasses.replace(
+        deal.cache, end=local_end, kept=kept, status=deal.cache.status | status
+    )
     return _dealt(shards, cache, jnp.where(refused, shards.end, end))
 
 
@@ -162,7 +225,8 @@ def _dealt(shards: Shards, cache: CacheState, end: jax.Array) -> Shards:
 
 @dataclasses.dataclass(frozen=True)
 class _Deal:
-    """What this device has: its cache, and its place among the `parts` devices that positions are dealt to."""
+    """What this device has: its cache, and its place among the `parts` devices that positions are
+    dealt to."""
 
     cache: CacheState
     axis: str | None
@@ -172,17 +236,24 @@ class _Deal:
     @classmethod
     def of(cls, shards: Shards) -> _Deal:
         cache, axis = jax.tree.map(lambda leaf: leaf.squeeze(0), shards.cache), shards.axes.context
-        return cls(cache, None, 1, jnp.int32(0)) if axis is None else cls(cache, axis, lax.axis_size(axis), lax.axis_index(axis))
+        return (
+            cls(cache, None, 1, jnp.int32(0))
+            if axis is None
+            else cls(cache, axis, lax.axis_size(axis), lax.axis_index(axis))
+        )
 
     def below(self, position: jax.Array) -> jax.Array:
         """How many of the positions below `position` are this device's."""
         return (position - self.part + self.parts - 1) // self.parts
 
     def own(self, x: jax.Array, end: jax.Array) -> jax.Array:
-        """Those of the tokens [B, T, K, H] at positions end, end + 1, ... that are this device's, [B, ceil(T / C), K, H]."""
+        """Those of the tokens [B, T, K, H] at positions end, end + 1, ... that are this device's,
+        [B, ceil(T / C), K, H]."""
         if self.parts == 1:
             return x
-        index = ((self.part - end) % self.parts)[:, None] + jnp.arange(0, x.shape[1], self.parts, dtype=jnp.int32)
+        index = ((self.part - end) % self.parts)[:, None] + jnp.arange(
+            0, x.shape[1], self.parts, dtype=jnp.int32
+        )
         return jnp.take_along_axis(x, index.clip(0, x.shape[1] - 1)[..., None, None], axis=1)
 
     def total(self, counts: jax.Array) -> jax.Array:
@@ -216,20 +287,33 @@ class _Attention:
 
     @classmethod
     def of(
-        cls, deal: _Deal, query: jax.Array, first: jax.Array, count: jax.Array, scale: ArrayLike | None, options: dict[str, Any]
+        cls,
+        deal: _Deal,
+        query: jax.Array,
+        first: jax.Array,
+        count: jax.Array,
+        scale: ArrayLike | None,
+        options: dict[str, Any],
     ) -> _Attention:
         config = deal.cache.config
         query = check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         position = jnp.where(index < count[:, None], first[:, None] + index, -1)
-        return cls(deal, query, position, _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal))
+        return cls(
+            deal,
+            query,
+            position,
+            _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal),
+        )
 
     def over(self, parts: list[Segment], layer: Index) -> Partial:
         """Over segments of this device."""
         # The GPU kernel takes positions as they are; dealt out, they are for `_Dealt` to interpret.
         implementation: Implementation = "xla" if self.deal.parts > 1 else None
         sink_tokens = self.deal.cache.config.sink_tokens
-        return over_segments(parts, self.query, self.position, self.scoring, sink_tokens, layer, implementation)
+        return over_segments(
+            parts, self.query, self.position, self.scoring, sink_tokens, layer, implementation
+        )
 
     def merged(self, partials: list[Partial], return_lse: bool) -> Any:
         """Over the tokens of all devices: outputs like the query."""

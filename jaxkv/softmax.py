@@ -1,4 +1,5 @@
-"""Partial softmax attention and its exact merge (online softmax; Milakov and Gimelshein 2018, FlashAttention 2022)."""
+"""Partial softmax attention and its exact merge (online softmax; Milakov and Gimelshein 2018,
+FlashAttention 2022)."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 FLOOR = -1e30
-"""The least maximum. Finite, so that `exp(-inf - FLOOR)` is 0 and never NaN where nothing is visible."""
+"""The least maximum. Finite, so that `exp(-inf - FLOOR)` is 0 and never NaN where nothing is
+visible."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """Attention over a part of the tokens: `out = sum_s exp(score_s - max) value_s`, `sum = sum_s exp(score_s - max)`."""
+    """Attention over a part of the tokens: `out = sum_s exp(score_s - max) value_s`, `sum = sum_s
+    exp(score_s - max)`."""
 
     out: jax.Array  # [..., H] float32
     max: jax.Array  # [...] float32, at least FLOOR
@@ -43,9 +46,11 @@ GATHERED = 2**20
 
 
 def merge_over(axis: str, partial: Partial) -> Partial:
-    """The partial over all tokens that the devices along a mesh axis hold; inside `jax.shard_map`, the same on all of them.
+    """The partial over all tokens that the devices along a mesh axis hold; inside `jax.shard_map`,
+    the same on all of them.
 
-    A decode step's take one exchange, all side by side: between CPU devices any costs 0.07 ms. Larger ones take two, of their own size.
+    A decode step's take one exchange, all side by side: between CPU devices any costs 0.07 ms.
+    Larger ones take two, of their own size.
     """
     parts = lax.axis_size(axis)
     if parts * partial.out.size > GATHERED:

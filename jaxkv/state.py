@@ -1,4 +1,5 @@
-"""The state of a cache: an immutable pytree, how it is allocated, and everything that only reads it."""
+"""The state of a cache: an immutable pytree, how it is allocated, and everything that only reads
+it."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import ring, tokens
+from jaxkv import ring
 from jaxkv.checks import check_layer
-from jaxkv.config import Format, KvCacheConfig, QuantSpec, TierSpec, plain
-from jaxkv.tokens import Index, Tokens
+from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.formats import Format, QuantSpec, plain
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Index, Tokens
 
 
 class Status(enum.IntFlag):
-    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it was."""
+    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it
+    was."""
 
     OK = 0
     EVICT_TOO_MANY = 1
@@ -39,7 +43,8 @@ class Tier:
 class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
 
-    A token at position p >= sink_tokens lives in slot (p - sink_tokens) % capacity of its tier (`ring`).
+    A token at position p >= sink_tokens lives in slot (p - sink_tokens) % capacity of its tier
+    (`ring`).
     """
 
     sinks: Tier | None  # positions [0, sink_tokens)
@@ -74,19 +79,30 @@ def init(
     """An empty cache; all arrays are allocated here and keep their shapes for ever.
 
     Args:
-      num_layers: every array gets a leading axis L, and `append`, `attend` and `prefill` take `layer=`.
-      key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before they quantize.
+      num_layers: every array gets a leading axis L, and `append`, `attend` and `prefill` take
+        `layer=`.
+      key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before
+        they quantize.
     """
-    for name, size in (("batch_size", batch_size), ("num_layers", 1 if num_layers is None else num_layers)):
+    for name, size in (
+        ("batch_size", batch_size),
+        ("num_layers", 1 if num_layers is None else num_layers),
+    ):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r}: must be a positive int")
     lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
     heads, head_dim = config.num_kv_heads, config.head_dim
 
     def tier(key: Any, value: Any, capacity: int) -> Tier:
-        return Tier(*(tokens.allocate(fmt, lead, heads, capacity, head_dim) for fmt in (key, value)))
+        return Tier(
+            *(tokens.allocate(fmt, lead, heads, capacity, head_dim) for fmt in (key, value))
+        )
 
-    sinks = tier(config.sink_precision, config.sink_precision, config.sink_tokens) if config.sink_tokens else None
+    sinks = (
+        tier(config.sink_precision, config.sink_precision, config.sink_tokens)
+        if config.sink_tokens
+        else None
+    )
     tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
     zeros = jnp.zeros(lead, jnp.int32)
     kept = jnp.full((*lead, len(tiers)), config.sink_tokens, jnp.int32)
@@ -94,29 +110,45 @@ def init(
     return _with_means(state, key_mean, value_mean)
 
 
-def _with_means(state: CacheState, key_mean: jax.Array | None, value_mean: jax.Array | None) -> CacheState:
+def _with_means(
+    state: CacheState, key_mean: jax.Array | None, value_mean: jax.Array | None
+) -> CacheState:
     def given(held: Tokens, name: str, mean: jax.Array | None) -> Tokens:
         if held.mean is None or mean is None:
             return held
         wanted = (*state.end.shape[:-1], *held.mean.shape[-2:])
         if jnp.shape(mean) != wanted:
             raise ValueError(f"{name} has shape {jnp.shape(mean)}: must be {wanted}")
-        return dataclasses.replace(held, mean=jnp.broadcast_to(jnp.expand_dims(mean, -3), held.mean.shape).astype(jnp.float32))
+        return dataclasses.replace(
+            held,
+            mean=jnp.broadcast_to(jnp.expand_dims(mean, -3), held.mean.shape).astype(jnp.float32),
+        )
 
-    uses = any(isinstance(f, QuantSpec) and f.center for spec in state.config.chain for f in (spec.key, spec.value))
+    uses = any(
+        isinstance(f, QuantSpec) and f.center
+        for spec in state.config.chain
+        for f in (spec.key, spec.value)
+    )
     if not uses and not (key_mean is None and value_mean is None):
-        raise ValueError("a mean was given, but no tier uses it: set center=True in key_quant or value_quant")
-    tiers = tuple(Tier(given(t.keys, "key_mean", key_mean), given(t.values, "value_mean", value_mean)) for t in state.tiers)
+        raise ValueError(
+            "a mean was given, but no tier uses it: set center=True in key_quant or value_quant"
+        )
+    tiers = tuple(
+        Tier(given(t.keys, "key_mean", key_mean), given(t.values, "value_mean", value_mean))
+        for t in state.tiers
+    )
     return dataclasses.replace(state, tiers=tiers)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KvCacheStats:
-    """What is held now. Token counts are int32 [B] (or [L, B]); bytes and ratio are float32 over all rows and layers.
+    """What is held now. Token counts are int32 [B] (or [L, B]); bytes and ratio are float32 over
+    all rows and layers.
 
-    `tail_bytes` and `store_bytes` are the device's bytes behind the tokens held (sinks count as tail, warm as store);
-    `compression_ratio` is the size of the same tokens in fp16 over the sum of both, 1 when nothing is held.
+    `tail_bytes` and `store_bytes` are the device's bytes behind the tokens held (sinks count as
+    tail, warm as store); `compression_ratio` is the size of the same tokens in fp16 over the sum of
+    both, 1 when nothing is held.
     """
 
     total_tokens: Any
@@ -131,7 +163,8 @@ class KvCacheStats:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One tier (or the sinks) of one layer with the positions [low, high) that it holds, [B] int32 each (or [L, B])."""
+    """One tier (or the sinks) of one layer with the positions [low, high) that it holds, [B] int32
+    each (or [L, B])."""
 
     tier: Tier
     spec: TierSpec
@@ -140,9 +173,15 @@ class Segment:
     base: jax.Array | None = None  # [B]: added to a position here to make it the row's own
 
     def codes_only(self) -> Segment:
-        """The same codes without their basis, for kernels: they multiply codes, and know nothing of means and rotations."""
-        keys, values = (dataclasses.replace(t, mean=None, mirror=None) for t in (self.tier.keys, self.tier.values))
-        spec = dataclasses.replace(self.spec, key=plain(self.spec.key), value=plain(self.spec.value))
+        """The same codes without their basis, for kernels: they multiply codes, and know nothing of
+        means and rotations."""
+        keys, values = (
+            dataclasses.replace(t, mean=None, mirror=None)
+            for t in (self.tier.keys, self.tier.values)
+        )
+        spec = dataclasses.replace(
+            self.spec, key=plain(self.spec.key), value=plain(self.spec.value)
+        )
         return dataclasses.replace(self, tier=Tier(keys, values), spec=spec)
 
 
@@ -153,11 +192,18 @@ def segments(state: CacheState, layer: Index = None) -> list[Segment]:
     lows = ring.starts(config, end, kept)
     found = [
         Segment(tier, spec, low, high)
-        for tier, spec, low, high in zip(state.tiers, config.chain, lows, ring.uppers(config, end, lows), strict=True)
+        for tier, spec, low, high in zip(
+            state.tiers, config.chain, lows, ring.uppers(config, end, lows), strict=True
+        )
     ]
     if state.sinks is None:
         return found
-    return [Segment(state.sinks, config.sink_spec, jnp.zeros_like(end), jnp.minimum(end, config.sink_tokens)), *found]
+    return [
+        Segment(
+            state.sinks, config.sink_spec, jnp.zeros_like(end), jnp.minimum(end, config.sink_tokens)
+        ),
+        *found,
+    ]
 
 
 def stats(state: CacheState) -> KvCacheStats:
@@ -166,17 +212,32 @@ def stats(state: CacheState) -> KvCacheStats:
     bytes_of = dict.fromkeys(tokens_of, jnp.zeros(()))
     for part in segments(state):
         tokens_of[part.spec.name] = part.high - part.low
-        bytes_of[part.spec.name] = (part.high - part.low).sum() * bytes_per_token(state.config, part.spec)
+        bytes_of[part.spec.name] = (part.high - part.low).sum() * bytes_per_token(
+            state.config, part.spec
+        )
     total = sum(tokens_of.values(), jnp.zeros_like(state.end))
     tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]
     fp16 = total.sum() * (2.0 * 2 * state.config.num_kv_heads * state.config.head_dim)
     ratio = jnp.where(total.sum() > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
-    return KvCacheStats(total, tokens_of["hot"], tokens_of["cold"], tail, store, ratio, tokens_of["sinks"], tokens_of["warm"])
+    return KvCacheStats(
+        total,
+        tokens_of["hot"],
+        tokens_of["cold"],
+        tail,
+        store,
+        ratio,
+        tokens_of["sinks"],
+        tokens_of["warm"],
+    )
 
 
 def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
-    """Device bytes of one token of one layer in a tier: codes, scales and zero points of keys and values."""
-    halves = [tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim) for fmt in (spec.key, spec.value)]
+    """Device bytes of one token of one layer in a tier: codes, scales and zero points of keys and
+    values."""
+    halves = [
+        tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim)
+        for fmt in (spec.key, spec.value)
+    ]
     arrays = jax.tree.leaves([dataclasses.replace(half, mean=None, mirror=None) for half in halves])
     return float(sum(array.size * array.dtype.itemsize for array in arrays)) / spec.capacity
 
@@ -187,7 +248,8 @@ def nbytes(state: CacheState) -> int:
 
 
 def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All tokens held, dequantized, sinks first, then oldest to newest. For looking and exporting: it unpacks the whole cache.
+    """All tokens held, dequantized, sinks first, then oldest to newest. For looking and exporting:
+    it unpacks the whole cache.
 
     Returns:
       keys, values: [B, P, K, H] float32, zeros where empty; P = max_tokens.
@@ -200,20 +262,31 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     parts = segments(state, layer)
     index = jnp.arange(state.config.max_tokens)[None]
     sinks_held = jnp.zeros_like(parts[-1].low) if state.sinks is None else parts[0].high
-    position = jnp.where(index < sinks_held[:, None], index, (parts[-1].low - sinks_held)[:, None] + index)
+    position = jnp.where(
+        index < sinks_held[:, None], index, (parts[-1].low - sinks_held)[:, None] + index
+    )
     end = jnp.maximum(sinks_held, parts[0 if state.sinks is None else 1].high)
     position = jnp.where(position < end[:, None], position, -1)
     shape = (*position.shape, state.config.num_kv_heads, state.config.head_dim)
     keys, values = jnp.zeros(shape), jnp.zeros(shape)
     for part in parts:
-        inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[..., None, None]
-        keys = jnp.where(inside, _tokens_at(part, part.tier.keys, part.spec.key, position, layer), keys)
-        values = jnp.where(inside, _tokens_at(part, part.tier.values, part.spec.value, position, layer), values)
+        inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[
+            ..., None, None
+        ]
+        keys = jnp.where(
+            inside, _tokens_at(part, part.tier.keys, part.spec.key, position, layer), keys
+        )
+        values = jnp.where(
+            inside, _tokens_at(part, part.tier.values, part.spec.value, position, layer), values
+        )
     return keys, values, position
 
 
-def _tokens_at(part: Segment, held: Tokens, fmt: Format, position: jax.Array, layer: Index) -> jax.Array:
-    """The tokens [B, P, K, H] in the slots of `position` [B, P]; what is no position of the tier gives anything."""
+def _tokens_at(
+    part: Segment, held: Tokens, fmt: Format, position: jax.Array, layer: Index
+) -> jax.Array:
+    """The tokens [B, P, K, H] in the slots of `position` [B, P]; what is no position of the tier
+    gives anything."""
     capacity = part.spec.capacity
     every = jnp.broadcast_to(jnp.arange(capacity), (position.shape[0], capacity))
     slots = ring.slot_of(position, part.spec.offset, capacity)

@@ -1,10 +1,14 @@
-"""A cache on disk: one safetensors file that is whole or absent, and is refused if a single byte of it has changed.
+"""A cache on disk: one safetensors file that is whole or absent, and is refused if a single byte of
+it has changed.
 
-    tensors   the state's arrays by path (`tiers/1/keys/data`), of rings that are not full only the slots in use
-    metadata  jaxkv_version; sha256 of the file, taken with 64 zeros in its place; cache: JSON of config, chain of tiers, and batch
+    tensors   the state's arrays by path (`tiers/1/keys/data`), of rings that are not full only the
+              slots in use
+    metadata  jaxkv_version; sha256 of the file, taken with 64 zeros in its place; cache: JSON of
+    config, chain of tiers, and batch
 
-`save` needs the package safetensors; any safetensors reader opens the file. `load` reads it by itself, so that the bytes that it has
-verified are the bytes that it uses. States on several hosts are for a checkpoint library: they are pytrees.
+`save` needs the package safetensors; any safetensors reader opens the file. `load` reads it by
+itself, so that the bytes that it has verified are the bytes that it uses. States on several hosts
+are for a checkpoint library: they are pytrees.
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import tokens
-from jaxkv.config import Format, KvCacheConfig, QuantSpec
+from jaxkv.config import KvCacheConfig
+from jaxkv.formats import Format, QuantSpec
 from jaxkv.state import CacheState, Tier, init
-from jaxkv.tokens import Tokens
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Tokens
 
 VERSION = 1
 """Raised when the layout of a file, or the meaning of what is in it, changes."""
@@ -36,11 +41,13 @@ _NO_DIGEST = "0" * 64
 
 
 class StorageError(ValueError):
-    """A file is not what `load` was asked for: cut short, altered, or of another version or config. Nothing was changed."""
+    """A file is not what `load` was asked for: cut short, altered, or of another version or config.
+    Nothing was changed."""
 
 
 def save(path: str | os.PathLike[str], state: CacheState) -> None:
-    """Writes a state to a file. A process killed at any time leaves the old file or the new one at `path`, never a part of one.
+    """Writes a state to a file. A process killed at any time leaves the old file or the new one at
+    `path`, never a part of one.
 
     Raises:
       ImportError: the package safetensors is missing.
@@ -49,10 +56,16 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ImportError("jaxkv.save needs the package safetensors: pip install 'jaxkv[storage]'") from error
+        raise ImportError(
+            "jaxkv.save needs the package safetensors: pip install 'jaxkv[storage]'"
+        ) from error
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}.partial"
-    metadata = {"jaxkv_version": str(VERSION), "sha256": _NO_DIGEST, "cache": json.dumps(_description(state))}
+    metadata = {
+        "jaxkv_version": str(VERSION),
+        "sha256": _NO_DIGEST,
+        "cache": json.dumps(_description(state)),
+    }
     try:
         save_file(_arrays(state), temporary, metadata=metadata)
         with open(temporary, "r+b") as file:
@@ -67,9 +80,14 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
 
 
 def load(
-    path: str | os.PathLike[str], *, config: KvCacheConfig | None = None, rows: int | Sequence[int] | None = None, mmap: bool = True
+    path: str | os.PathLike[str],
+    *,
+    config: KvCacheConfig | None = None,
+    rows: int | Sequence[int] | None = None,
+    mmap: bool = True,
 ) -> CacheState:
-    """The state that `save` wrote to a file, on the default device. It goes on bit for bit as the saved one.
+    """The state that `save` wrote to a file, on the default device. It goes on bit for bit as the
+    saved one.
 
     Args:
       config: the config that the state has to have; None takes any.
@@ -77,12 +95,17 @@ def load(
       mmap: map the file instead of reading it, so that it takes no memory besides the arrays.
 
     Raises:
-      StorageError: the file is not a whole, unaltered file of this version, or is for another config.
+      StorageError: the file is not a whole, unaltered file of this version, or is for another
+        config.
       ValueError: rows that the file does not have.
     """
     with open(path, "rb") as file:
         is_empty = os.fstat(file.fileno()).st_size == 0
-        buffer = memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) if mmap and not is_empty else file.read()
+        buffer = (
+            memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ)
+            if mmap and not is_empty
+            else file.read()
+        )
     header, first = _verified(os.fspath(path), buffer)
     description = json.loads(header["__metadata__"]["cache"])
     held = _config_of(os.fspath(path), description)
@@ -93,7 +116,9 @@ def load(
 
     def read(where: Any, full: Any) -> jax.Array:
         entry = header[_name(where)]
-        stored = np.frombuffer(buffer, full.dtype, int(np.prod(entry["shape"])), first + entry["data_offsets"][0])
+        stored = np.frombuffer(
+            buffer, full.dtype, int(np.prod(entry["shape"])), first + entry["data_offsets"][0]
+        )
         part = np.take(stored.reshape(entry["shape"]), chosen, axis=0 if num_layers is None else 1)
         array = np.zeros(full.shape, full.dtype)
         array[tuple(slice(size) for size in part.shape)] = part
@@ -103,16 +128,26 @@ def load(
 
 
 def _description(state: CacheState) -> dict[str, Any]:
-    # The chain follows from the config, but by rules that another version may change: it says how to read the codes.
+    # The chain follows from the config, but by rules that another version may change: it says how
+    # to read the codes.
     chain = [dataclasses.asdict(tier) for tier in state.config.chain]
-    return {"config": dataclasses.asdict(state.config), "chain": chain, "batch_size": state.batch_size, "num_layers": state.num_layers}
+    return {
+        "config": dataclasses.asdict(state.config),
+        "chain": chain,
+        "batch_size": state.batch_size,
+        "num_layers": state.num_layers,
+    }
 
 
 def _arrays(state: CacheState) -> dict[str, np.ndarray]:
-    """The state's arrays by name, without the slots at the end of a ring that have never been written."""
+    """The state's arrays by name, without the slots at the end of a ring that have never been
+    written."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     if not all(leaf.is_fully_addressable for _, leaf in leaves if isinstance(leaf, jax.Array)):
-        raise ValueError("the state is spread over several hosts: save it with a checkpoint library, such as Orbax")
+        raise ValueError(
+            "the state is spread over several hosts: save it with a checkpoint library, such as "
+            "Orbax"
+        )
     config, used = state.config, max(int(np.max(state.end)) - state.config.sink_tokens, 0)
 
     def cut(held: Tokens, fmt: Format, capacity: int) -> Tokens:
@@ -120,12 +155,16 @@ def _arrays(state: CacheState) -> dict[str, np.ndarray]:
             index: tuple[Any, ...] = (..., *map(slice, wanted.shape))
             return np.asarray(leaf)[index]
 
-        return jax.tree.map(array, held, tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim))
+        return jax.tree.map(
+            array, held, tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim)
+        )
 
     tiers = []
     for tier, spec in zip(state.tiers, config.chain, strict=True):
         capacity = min(spec.capacity, -(-used // spec.group) * spec.group)
-        tiers.append(Tier(cut(tier.keys, spec.key, capacity), cut(tier.values, spec.value, capacity)))
+        tiers.append(
+            Tier(cut(tier.keys, spec.key, capacity), cut(tier.values, spec.value, capacity))
+        )
     trimmed = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, tiers=tuple(tiers)))
     return {_name(where): np.ascontiguousarray(leaf) for where, leaf in trimmed}
 
@@ -150,16 +189,24 @@ def _sync_folder(folder: str) -> None:
 
 
 def _verified(path: str, buffer: Any) -> tuple[dict[str, Any], int]:
-    """The header of a file and where its data begin, once every byte has been found to be as it was written."""
+    """The header of a file and where its data begin, once every byte has been found to be as it was
+    written."""
     try:
         _, version = _field(buffer, "jaxkv_version")
         place, digest = _field(buffer, "sha256")
     except ValueError:
-        raise StorageError(f"{path} is no jaxkv file, or is cut short: save the state anew") from None
+        raise StorageError(
+            f"{path} is no jaxkv file, or is cut short: save the state anew"
+        ) from None
     if version != str(VERSION):
-        raise StorageError(f"{path} has version {version}, this jaxkv reads version {VERSION}: load it with the one that saved it")
+        raise StorageError(
+            f"{path} has version {version}, this jaxkv reads version {VERSION}: load it with the "
+            "one that saved it"
+        )
     if digest != _digest(buffer, place):
-        raise StorageError(f"{path} is cut short or altered (its checksum differs): save the state anew")
+        raise StorageError(
+            f"{path} is cut short or altered (its checksum differs): save the state anew"
+        )
     end = _header_end(buffer)
     return json.loads(buffer[8:end]), end
 
@@ -195,9 +242,18 @@ def _config_of(path: str, description: dict[str, Any]) -> KvCacheConfig:
             fields[name] = fields[name] and QuantSpec(**fields[name])
         config = KvCacheConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{path} has a config that this jaxkv does not know ({error}): load it with the one that saved it") from None
-    if json.loads(json.dumps([dataclasses.asdict(tier) for tier in config.chain])) != description["chain"]:
-        raise StorageError(f"{path} has tiers in formats that this jaxkv would choose otherwise: load it with the one that saved it")
+        raise StorageError(
+            f"{path} has a config that this jaxkv does not know ({error}): load it with the one "
+            "that saved it"
+        ) from None
+    if (
+        json.loads(json.dumps([dataclasses.asdict(tier) for tier in config.chain]))
+        != description["chain"]
+    ):
+        raise StorageError(
+            f"{path} has tiers in formats that this jaxkv would choose otherwise: load it with "
+            "the one that saved it"
+        )
     return config
 
 
@@ -205,12 +261,24 @@ def _check_config(path: str, held: KvCacheConfig, wanted: KvCacheConfig | None) 
     if wanted is None or held == wanted:
         return
     names = [field.name for field in dataclasses.fields(held)]
-    differing = [f"{n}={getattr(held, n)} (wanted {getattr(wanted, n)})" for n in names if getattr(held, n) != getattr(wanted, n)]
-    raise StorageError(f"{path} is for another config: {', '.join(differing)}; pass that config, or None")
+    differing = [
+        f"{n}={getattr(held, n)} (wanted {getattr(wanted, n)})"
+        for n in names
+        if getattr(held, n) != getattr(wanted, n)
+    ]
+    raise StorageError(
+        f"{path} is for another config: {', '.join(differing)}; pass that config, or None"
+    )
 
 
 def _chosen(rows: int | Sequence[int] | None, batch_size: int) -> np.ndarray:
     chosen = np.arange(batch_size) if rows is None else np.atleast_1d(np.asarray(rows))
-    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind != "i" or (chosen < 0).any() or (chosen >= batch_size).any():
+    if (
+        chosen.ndim != 1
+        or not len(chosen)
+        or chosen.dtype.kind != "i"
+        or (chosen < 0).any()
+        or (chosen >= batch_size).any()
+    ):
         raise ValueError(f"rows={rows}: must be rows of the file, 0 .. {batch_size - 1}")
     return chosen

@@ -1,7 +1,9 @@
-"""The writers: append, prefill, migrate, evict, rewind, clear, take_rows. Each gives a new state; nothing else changes one.
+"""The writers: append, prefill, migrate, evict, rewind, clear, take_rows. Each gives a new state;
+nothing else changes one.
 
-An append writes the new tokens to the first tier, then hands from tier to tier what is due there: the positions between a boundary's old
-and new place, quantized where they arrive. Donate the state (`jax.jit(step, donate_argnums=0)`) and all of it happens in place.
+An append writes the new tokens to the first tier, then hands from tier to tier what is due there:
+the positions between a boundary's old and new place, quantized where they arrive. Donate the state
+(`jax.jit(step, donate_argnums=0)`) and all of it happens in place.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ from jax.typing import ArrayLike
 
 from jaxkv import ring
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
-from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, in_range, is_concrete
+from jaxkv.checks import (
+    as_counts,
+    check_layer,
+    check_new_tokens,
+    check_query,
+    in_range,
+    is_concrete,
+)
 from jaxkv.config import KvCacheConfig
 from jaxkv.kernels import dispatch
 from jaxkv.migration import Arrival, Passage, store, take_in
 from jaxkv.state import CacheState, Status, segments
-from jaxkv.tokens import Index
+from jaxkv.tiers.tokens import Index
 
 
 def append(
@@ -39,17 +48,22 @@ def append(
 
     Args:
       keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision.
-      lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones). None: all.
-        Inside jit, a row whose length is none of these stays as it was and gets `Status.OUT_OF_RANGE`.
+      lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
+        None: all. Inside jit, a row whose length is none of these stays as it was and gets
+        `Status.OUT_OF_RANGE`.
       layer: which layer, an int or a traced scalar; required where the state has layers.
-      implementation: "xla" does without the GPU kernel that quantizes and stores; else it does what it can.
+      implementation: "xla" does without the GPU kernel that quantizes and stores; else it does what
+        it can.
 
     Raises:
-      ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or surplus layer.
+      ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or
+        surplus layer.
     """
     config = state.config
     check_layer(layer, state.num_layers)
-    keys, values = check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim)
+    keys, values = check_new_tokens(
+        keys, values, state.batch_size, config.num_kv_heads, config.head_dim
+    )
     given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
     count = in_range(given, keys.shape[1])
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
@@ -62,9 +76,15 @@ def append(
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    status = state.status if lengths is None else _flag(state, given != count, Status.OUT_OF_RANGE, layer)
+    status = (
+        state.status
+        if lengths is None
+        else _flag(state, given != count, Status.OUT_OF_RANGE, layer)
+    )
     moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, status=status)
-    return _at(moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low)))
+    return _at(
+        moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))
+    )
 
 
 def prefill(
@@ -80,29 +100,50 @@ def prefill(
     implementation: dispatch.Implementation = None,
     **options: Any,
 ) -> tuple[CacheState, Any]:
-    """Attention of a prompt over its own raw keys and values and all that the cache held, then `append`.
+    """Attention of a prompt over its own raw keys and values and all that the cache held, then
+    `append`.
 
     Args:
       query: [B, T, N, H]; keys, values: [B, T, K, H]; lengths: [B], valid tokens of each row.
       **options: as for `attend`.
 
     Returns:
-      The new state, and what `attend` returns: causal, exact on the prompt, zeros for queries beyond `lengths`.
+      The new state, and what `attend` returns: causal, exact on the prompt, zeros for queries
+      beyond `lengths`.
     """
     config = state.config
     check_layer(layer, state.num_layers)
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
-    keys, values = check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1])
+    keys, values = check_new_tokens(
+        keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1]
+    )
     scoring = scoring_of(config, query, scale, options)
     given = as_counts("lengths", lengths, state.batch_size, query.shape[1])
     count = in_range(given, query.shape[1])
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = jnp.where(index < count[:, None], end[:, None] + index, -1)
-    held = over_segments(segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation)
-    new = over_segments([raw_segment(keys, values, count, end)], query, position, scoring, config.sink_tokens, None, implementation)
+    held = over_segments(
+        segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation
+    )
+    new = over_segments(
+        [raw_segment(keys, values, count, end)],
+        query,
+        position,
+        scoring,
+        config.sink_tokens,
+        None,
+        implementation,
+    )
     out = finish([held, new], scoring, query, return_lse)
-    return append(state, keys, values, None if lengths is None else given, layer=layer, implementation=implementation), out
+    return append(
+        state,
+        keys,
+        values,
+        None if lengths is None else given,
+        layer=layer,
+        implementation=implementation,
+    ), out
 
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:
@@ -113,8 +154,9 @@ def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> Cac
 
 
 def migrate(state: CacheState) -> CacheState:
-    """Moves what is due to the next tier. Total, and a no-op after any other verb: boundaries follow from positions, and `append` moves
-    the tokens that a boundary has passed, so nothing is ever left due."""
+    """Moves what is due to the next tier. Total, and a no-op after any other verb: boundaries
+    follow from positions, and `append` moves the tokens that a boundary has passed, so nothing is
+    ever left due."""
     return state
 
 
@@ -122,27 +164,32 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
     """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay.
 
     Raises:
-      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets `Status.EVICT_TOO_MANY` or
-        `Status.OUT_OF_RANGE`.
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
+        `Status.EVICT_TOO_MANY` or `Status.OUT_OF_RANGE`.
     """
     given = as_counts("count", count, state.batch_size, None)
     begin, upper = state.begin, ring.chain_end(state.config, state.end)
     refused = _refused("count", given, upper - begin, state)
     begin = jnp.where(refused, begin, begin + given)
     kept = state.kept.at[..., -1].set(jnp.where(refused | (given == 0), state.kept[..., -1], begin))
-    return dataclasses.replace(state, kept=kept, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY))
+    return dataclasses.replace(
+        state, kept=kept, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
+    )
 
 
 def rewind(state: CacheState, count: ArrayLike) -> CacheState:
-    """Drops the `count` (int or [B]) newest tokens of every row, in all layers (speculative decoding). Stored codes stay as they are.
+    """Drops the `count` (int or [B]) newest tokens of every row, in all layers (speculative
+    decoding). Stored codes stay as they are.
 
-    Up to `config.rewind_length` below the highest position reached, the result is as if the tokens had never been appended: the tail is
-    full again and tokens that they evicted are back. Beyond, what is held stays held: the tail is shorter by what its ring has lost.
+    Up to `config.rewind_length` below the highest position reached, the result is as if the tokens
+    had never been appended: the tail is full again and tokens that they evicted are back. Beyond,
+    what is held stays held: the tail is shorter by what its ring has lost.
 
     Raises:
-      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets `Status.REWIND_TOO_MANY` or
-        `Status.OUT_OF_RANGE`. A rewind that would leave a part of a group of `axis="channel"` codes without its float tokens is refused
-        alike, with `Status.REWIND_CUTS_GROUP`.
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
+        `Status.REWIND_TOO_MANY` or `Status.OUT_OF_RANGE`. A rewind that would leave a part of a
+        group of `axis="channel"` codes without its float tokens is refused alike, with
+        `Status.REWIND_CUTS_GROUP`.
     """
     config, given = state.config, as_counts("count", count, state.batch_size, None)
     begin, upper = state.begin, ring.chain_end(config, state.end)
@@ -154,7 +201,8 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
     refused = out_of_range | cuts
     if is_concrete(refused) and bool(np.any(cuts & ~out_of_range)):
         raise ValueError(
-            f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel codes; set rewind_length "
+            f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel "
+            "codes; set rewind_length "
             f"(now {config.rewind_length}) to the deepest rewind you need"
         )
     status = _flag_count(state, given, out_of_range, Status.REWIND_TOO_MANY)
@@ -172,12 +220,17 @@ def _reachable(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Ar
     upper, found = ring.chain_end(config, end), []
     for index in range(len(config.chain)):
         found.append(jnp.minimum(kept[..., index], upper))
-        upper = ring.starts(config, end, jnp.stack([*found, *(kept[..., i] for i in range(index + 1, kept.shape[-1]))], -1))[index]
+        upper = ring.starts(
+            config,
+            end,
+            jnp.stack([*found, *(kept[..., i] for i in range(index + 1, kept.shape[-1]))], -1),
+        )[index]
     return jnp.stack(found, axis=-1)
 
 
 def _cuts_group(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
-    """Whether a boundary before a tier of token groups lies inside a group whose first tokens no ring holds."""
+    """Whether a boundary before a tier of token groups lies inside a group whose first tokens no
+    ring holds."""
     cut = jnp.zeros_like(end, bool)
     *lows, begin = ring.starts(config, end, kept)
     for index, low in enumerate(lows):
@@ -191,23 +244,37 @@ def _refused(name: str, count: jax.Array, most: jax.Array, state: CacheState) ->
     """Where `count` is none of 0 .. `most`; raises if that can be seen now."""
     refused = (count > most) | (count < 0)
     if is_concrete(refused) and bool(np.any(refused)):
-        raise ValueError(f"{name}={np.asarray(count).tolist()}: rows hold {np.asarray(most).tolist()} such tokens; ask for fewer")
+        raise ValueError(
+            f"{name}={np.asarray(count).tolist()}: rows hold {np.asarray(most).tolist()} such "
+            "tokens; ask for fewer"
+        )
     return refused
 
 
 def _flag(state: CacheState, where: jax.Array, status: Status, layer: Index = None) -> jax.Array:
     bits = jnp.where(where, jnp.int32(status), jnp.int32(0))
-    return state.status | bits if layer is None else state.status.at[layer].set(state.status[layer] | bits)
+    return (
+        state.status | bits
+        if layer is None
+        else state.status.at[layer].set(state.status[layer] | bits)
+    )
 
 
-def _flag_count(state: CacheState, count: jax.Array, refused: jax.Array, too_many: Status) -> jax.Array:
-    return _flag(state, refused & (count >= 0), too_many) | _flag(state, refused & (count < 0), Status.OUT_OF_RANGE)
+def _flag_count(
+    state: CacheState, count: jax.Array, refused: jax.Array, too_many: Status
+) -> jax.Array:
+    return _flag(state, refused & (count >= 0), too_many) | _flag(
+        state, refused & (count < 0), Status.OUT_OF_RANGE
+    )
 
 
 def clear(state: CacheState) -> CacheState:
-    """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this costs nothing."""
+    """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this
+    costs nothing."""
     kept = jnp.full_like(state.kept, state.config.sink_tokens)
-    return dataclasses.replace(state, end=jnp.zeros_like(state.end), kept=kept, status=jnp.zeros_like(state.status))
+    return dataclasses.replace(
+        state, end=jnp.zeros_like(state.end), kept=kept, status=jnp.zeros_like(state.status)
+    )
 
 
 def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
@@ -221,8 +288,15 @@ def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
     """
     given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if given.ndim != 1 or given.shape[0] == 0 or not jnp.issubdtype(given.dtype, jnp.integer):
-        raise ValueError(f"rows has shape {given.shape} and dtype {given.dtype}: must be a vector of row numbers")
-    if is_concrete(given) and ((np.asarray(given) < 0) | (np.asarray(given) >= state.batch_size)).any():
-        raise ValueError(f"rows={np.asarray(given).tolist()}: the state has rows 0 .. {state.batch_size - 1}")
+        raise ValueError(
+            f"rows has shape {given.shape} and dtype {given.dtype}: must be a vector of row numbers"
+        )
+    if (
+        is_concrete(given)
+        and ((np.asarray(given) < 0) | (np.asarray(given) >= state.batch_size)).any()
+    ):
+        raise ValueError(
+            f"rows={np.asarray(given).tolist()}: the state has rows 0 .. {state.batch_size - 1}"
+        )
     axis = state.end.ndim - 1
     return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(given), axis=axis), state)

@@ -1,6 +1,8 @@
-"""The one table of cases: configurations, batch sizes, step patterns; tolerances; random keys, values and queries.
+"""The one table of cases: configurations, batch sizes, step patterns; tolerances; random keys,
+values and queries.
 
-Sizes are small so that every ring wraps several times within a few dozen tokens. A new feature is a new row here.
+Sizes are small so that every ring wraps several times within a few dozen tokens. A new feature is a
+new row here.
 """
 
 from __future__ import annotations
@@ -43,7 +45,15 @@ class Case:
         return sum(self.steps)
 
 
-def config(tail: int, tail_precision: Precision, store: Precision, room: int, heads: int, head_dim: int, **rest: Any) -> KvCacheConfig:
+def config(
+    tail: int,
+    tail_precision: Precision,
+    store: Precision,
+    room: int,
+    heads: int,
+    head_dim: int,
+    **rest: Any,
+) -> KvCacheConfig:
     rest.setdefault("migration_batch", 4)
     return KvCacheConfig(
         tail_length=tail,
@@ -121,18 +131,31 @@ def _long() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = {case.name: case for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rewinds()]}
+CASES = {
+    case.name: case for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rewinds()]
+}
 LONG = {case.name: case for case in _long()}
 REWINDS = {name: case for name, case in CASES.items() if case.config.rewind_length}
-# A cross-section for the laws that need programs of their own: one to three tiers, sinks, eager and batched, both axes.
-FEW = {name: CASES[name] for name in ("q8", "bf16_q4_all_heads", "channel_keys", "fp32_q8_q4", "bf16_q8_q4_batched_sinks")}
+# A cross-section for the laws that need programs of their own: one to three tiers, sinks, eager and
+# batched, both axes.
+FEW = {
+    name: CASES[name]
+    for name in (
+        "q8",
+        "bf16_q4_all_heads",
+        "channel_keys",
+        "fp32_q8_q4",
+        "bf16_q8_q4_batched_sinks",
+    )
+}
 
 # Rounding of an output to its dtype, relative to the largest value: half a unit in the last place.
 TOLERANCE = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def random_tokens(rng: np.random.Generator, case: Case, length: int) -> tuple[Array, Array]:
-    """Keys and values [B, length, K, H]. Channels differ in size and offset, as those of real keys do."""
+    """Keys and values [B, length, K, H]. Channels differ in size and offset, as those of real keys
+    do."""
     shape = (case.batch_size, length, case.config.num_kv_heads, case.config.head_dim)
     channel = np.exp(rng.normal(size=shape[2:]) / 2)
     offset = rng.normal(size=shape[2:])
@@ -148,7 +171,9 @@ def random_query(rng: np.random.Generator, case: Case, length: int = 5) -> Array
 
 # Bounds: sums of rounding errors, none found by trial.
 
-CODE_UNIT = 2.0**-21  # queries and probabilities are counted in this fraction of their largest (kernels/digits.py)
+CODE_UNIT = (
+    2.0**-21
+)  # queries and probabilities are counted in this fraction of their largest (kernels/digits.py)
 TIE = 1e-3  # of a step: how near to a tie float32 arithmetic may fall to either side
 
 
@@ -160,7 +185,8 @@ def norms(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Tokens x [T, K, H] that enter a tier of format `fmt` together, and the row's mirror [K, H] for it."""
+    """Tokens x [T, K, H] that enter a tier of format `fmt` together, and the row's mirror [K, H]
+    for it."""
 
     x: Array
     fmt: Precision | QuantSpec
@@ -170,9 +196,10 @@ class Entry:
 def quantization_bound(entry: Entry, before: Array) -> Array:
     """How far heads of tokens may be from what they were given as, once in the tier.
 
-    `before` [T, K] is how far they may have been already. An element moves by half a step, plus what scale and zero
-    point lose to 16 bits, 2**-11 of the largest each; a search for a better scale makes the sum of squares no larger.
-    Turning keeps lengths, to 11 bits where the basis is aligned.
+    `before` [T, K] is how far they may have been already. An element moves by half a step, plus
+    what scale and zero point lose to 16 bits, 2**-11 of the largest each; a search for a better
+    scale makes the sum of squares no larger. Turning keeps lengths, to 11 bits where the basis is
+    aligned.
     """
     if isinstance(entry.fmt, Precision):
         return before + TOLERANCE[entry.fmt.dtype_name] * norms(entry.x)
@@ -183,35 +210,48 @@ def quantization_bound(entry: Entry, before: Array) -> Array:
 
 
 def is_searched(fmt: Precision | QuantSpec) -> bool:
-    """Whether scales are searched for, or a basis is, so that codes depend on more than the rules of rounding."""
-    return isinstance(fmt, QuantSpec) and (fmt.align or (fmt.bits < 8 and fmt.axis == "token" and not fmt.symmetric))
+    """Whether scales are searched for, or a basis is, so that codes depend on more than the rules
+    of rounding."""
+    return isinstance(fmt, QuantSpec) and (
+        fmt.align or (fmt.bits < 8 and fmt.axis == "token" and not fmt.symmetric)
+    )
 
 
 def search_slack(entry: Entry) -> Array:
-    """What a search may lose against plain rounding: it counts errors in 64ths of a step, in a basis of 11 bits."""
+    """What a search may lose against plain rounding: it counts errors in 64ths of a step, in a
+    basis of 11 bits."""
     assert isinstance(entry.fmt, QuantSpec)
     turning = 2.0**-10 * norms(entry.x) if entry.fmt.align else 0
     return turning + _norms_of_groups(_grouped(entry, entry.fmt)[2] / 64, entry, entry.fmt)
 
 
 def tie_bound(entry: Entry, before: Array) -> Array:
-    """How far the reference and another implementation may be apart on entering a tier, their inputs being `before` apart.
+    """How far the reference and another implementation may be apart on entering a tier, their
+    inputs being `before` apart.
 
-    They differ by rounding; by a whole step in elements whose quotient lies too near to a tie; and in all elements of a
-    group whose scale or zero point may have been rounded to another 16-bit number. Where scales are searched for, each
-    is within its own quantization error.
+    They differ by rounding; by a whole step in elements whose quotient lies too near to a tie; and
+    in all elements of a group whose scale or zero point may have been rounded to another 16-bit
+    number. Where scales are searched for, each is within its own quantization error.
     """
     fmt = entry.fmt
     if isinstance(fmt, Precision):
         return before + np.where(before > 0, 2 * TOLERANCE[fmt.dtype_name] * norms(entry.x), 0)
     if is_searched(fmt):
-        return quantization_bound(entry, before) + norms(reference.represent(entry.x, fmt, entry.mirror) - entry.x)
+        return quantization_bound(entry, before) + norms(
+            reference.represent(entry.x, fmt, entry.mirror) - entry.x
+        )
     groups, codes, step = _grouped(entry, fmt)
-    low, high, most = (x[..., None] for x in (groups.min(-1), groups.max(-1), np.abs(groups).max(-1)))
+    low, high, most = (
+        x[..., None] for x in (groups.min(-1), groups.max(-1), np.abs(groups).max(-1))
+    )
     inputs = dataclasses.replace(entry, x=np.broadcast_to(before[..., None], entry.x.shape))
     apart = _grouped(inputs, _plain(fmt))[0].max(-1, keepdims=True)
-    exact_step, levels = (most, 2 ** (fmt.bits - 1) - 1) if fmt.symmetric else (high - low, 2**fmt.bits - 1)
-    moved = _may_round_differently(exact_step / levels, 2 * apart / levels) | _may_round_differently(low, apart)
+    exact_step, levels = (
+        (most, 2 ** (fmt.bits - 1) - 1) if fmt.symmetric else (high - low, 2**fmt.bits - 1)
+    )
+    moved = _may_round_differently(
+        exact_step / levels, 2 * apart / levels
+    ) | _may_round_differently(low, apart)
     near_tie = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < TIE + 3 * apart / step
     whole_step = np.where(near_tie | moved, 1.01 * step, 0) + np.where(moved, 2.0**-9 * most, 0)
     return _norms_of_groups(whole_step + 2.0**-19 * most + 3 * apart, entry, fmt)
@@ -232,13 +272,16 @@ def _grouped(entry: Entry, spec: QuantSpec) -> tuple[Array, Array, Array]:
 def _norms_of_groups(elements: Array, entry: Entry, spec: QuantSpec) -> Array:
     """The heads' norms [T, K], back among raw tokens, where `elements` are given by group."""
     shape = _grouped(entry, _plain(spec))[0].shape
-    back = reference.from_groups(np.broadcast_to(elements, shape), _plain(spec), np.zeros_like(entry.mirror), entry.x.shape)
+    back = reference.from_groups(
+        np.broadcast_to(elements, shape), _plain(spec), np.zeros_like(entry.mirror), entry.x.shape
+    )
     halvings = np.log2(back.shape[-1] & -back.shape[-1]) / 2
     return norms(back) * (2 ** (halvings % 1) if spec.rotate else 1)
 
 
 def _may_round_differently(x: Array, apart: Array | float) -> Array:
-    """Whether float16 may make something else of an x that is `apart`, or otherwise rounded in float32."""
+    """Whether float16 may make something else of an x that is `apart`, or otherwise rounded in
+    float32."""
     size = 1e-6 * np.abs(x) + apart
     found: Array = (x + size).astype(np.float16) != (x - size).astype(np.float16)
     return found
@@ -248,11 +291,14 @@ Bound = Callable[[Entry, Array], Array]
 
 
 def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array]:
-    """`bound` added up over the tiers that each token held has been in: [2, K] for key and value, by position."""
+    """`bound` added up over the tiers that each token held has been in: [2, K] for key and value,
+    by position."""
     config, data, sinks = state.config, state.rows[row], state.config.sink_tokens
     nothing = np.zeros((2, config.num_kv_heads))
 
-    def enter(positions: Sequence[int], before: Array, tier: int, formats: Sequence[Precision | QuantSpec]) -> Array:
+    def enter(
+        positions: Sequence[int], before: Array, tier: int, formats: Sequence[Precision | QuantSpec]
+    ) -> Array:
         x, sides = np.stack([data.tokens[position][tier] for position in positions]), []
         for side, fmt in enumerate(formats):
             sides.append(bound(Entry(x[:, side], fmt, data.mirrors[tier][side]), before[:, side]))
@@ -283,11 +329,13 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
 
 
 def attention_bound(query: Array, pairs: Array, scale: float | None = None) -> float:
-    """How far an element of attention of query [N, H] over pairs [S, 2, K, H] may be off by rounding.
+    """How far an element of attention of query [N, H] over pairs [S, 2, K, H] may be off by
+    rounding.
 
-    A score is a sum of H products, each off by a unit of the largest; such errors add up like a random walk. An error e
-    in all scores changes the weights by a factor of exp(2 e) at most, so an output by 2 e times the largest value; the
-    weighted sum adds a unit of it. The factor 4 is for the sums that form scores and outputs from their parts.
+    A score is a sum of H products, each off by a unit of the largest; such errors add up like a
+    random walk. An error e in all scores changes the weights by a factor of exp(2 e) at most, so an
+    output by 2 e times the largest value; the weighted sum adds a unit of it. The factor 4 is for
+    the sums that form scores and outputs from their parts.
     """
     if not len(pairs):
         return 0.0

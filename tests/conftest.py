@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from lowering import H100
 
-jax.config.update("jax_num_cpu_devices", 8)  # for shard_map; has to come before the first use of a device
+jax.config.update(
+    "jax_num_cpu_devices", 8
+)  # for shard_map; has to come before the first use of a device
 
 hypothesis.settings.register_profile(
     "deterministic",

@@ -32,8 +32,12 @@ Contents = tuple[Array, Array, Array]  # keys, values and positions, as `gather`
 
 
 def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
-    """Runs a law over cases; in parallel runs each case stays with one worker, which compiles its programs once for all laws."""
-    rows = [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in cases.items()]
+    """Runs a law over cases; in parallel runs each case stays with one worker, which compiles its
+    programs once for all laws."""
+    rows = [
+        pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
+        for name, case in cases.items()
+    ]
     return pytest.mark.parametrize("case", rows)
 
 
@@ -43,10 +47,14 @@ def append(state: CacheState, keys: Array, values: Array, lengths: Any = None) -
     return _append(state, keys, values, np.broadcast_to(lengths, len(keys)).astype(np.int32))
 
 
-def attend(state: CacheState, query: Array, lengths: Any = None, scale: float | None = None) -> Array:
+def attend(
+    state: CacheState, query: Array, lengths: Any = None, scale: float | None = None
+) -> Array:
     """The compiled attend; always with lengths, as above."""
     lengths = query.shape[1] if lengths is None else lengths
-    return np.asarray(_attend(state, query, scale, lengths=np.broadcast_to(lengths, len(query)).astype(np.int32)))
+    return np.asarray(
+        _attend(state, query, scale, lengths=np.broadcast_to(lengths, len(query)).astype(np.int32))
+    )
 
 
 def extend(state: CacheState, keys: Array, values: Array) -> CacheState:
@@ -68,7 +76,8 @@ def start(case: Case) -> CacheState:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The states before and after each of a case's steps, and the tokens [B, T, K, H] that went in."""
+    """The states before and after each of a case's steps, and the tokens [B, T, K, H] that went
+    in."""
 
     keys: Array
     values: Array
@@ -113,7 +122,8 @@ def assert_within(error: Array, bound: Any) -> None:
 
 
 def assert_same(actual: CacheState, expected: CacheState) -> None:
-    """Both hold the same tokens in the same tiers, bit for bit. (Slots that hold nothing may differ.)"""
+    """Both hold the same tokens in the same tiers, bit for bit. (Slots that hold nothing may
+    differ.)"""
     chex.assert_trees_all_equal(gather(actual), gather(expected))
     chex.assert_trees_all_equal(stats(actual), stats(expected))
 
@@ -124,7 +134,9 @@ def assert_like_reference(state: CacheState, twin: ReferenceState) -> None:
     np.testing.assert_array_equal(contents[2], reference.gather(twin)[2])
     names = {"total": "total", "hot": "tail", "cold": "store", "sinks": "sink", "warm": "warm"}
     for theirs, ours in names.items():
-        np.testing.assert_array_equal(getattr(counts, f"{ours}_tokens"), reference.counts(twin, theirs), ours)
+        np.testing.assert_array_equal(
+            getattr(counts, f"{ours}_tokens"), reference.counts(twin, theirs), ours
+        )
     for row in range(len(twin.rows)):
         expected, bounds = reference.held(twin, row), accumulate(twin, row, tie_bound)
         for position, pair in held(contents, row).items():
@@ -132,11 +144,17 @@ def assert_like_reference(state: CacheState, twin: ReferenceState) -> None:
 
 
 def exact_attention(
-    state: CacheState, query: Array, lengths: Any = None, raw: Sequence[dict[int, Array]] | None = None
+    state: CacheState,
+    query: Array,
+    lengths: Any = None,
+    raw: Sequence[dict[int, Array]] | None = None,
 ) -> tuple[Array, Array]:
-    """Attention in float64 over what `gather` gives, and `raw` tokens after it; and the rounding allowed [B, T, 1, 1]."""
+    """Attention in float64 over what `gather` gives, and `raw` tokens after it; and the rounding
+    allowed [B, T, 1, 1]."""
     contents, out, bound = gather(state), np.zeros(query.shape), np.zeros((*query.shape[:2], 1, 1))
-    for b, length in enumerate(np.broadcast_to(query.shape[1] if lengths is None else lengths, len(query))):
+    for b, length in enumerate(
+        np.broadcast_to(query.shape[1] if lengths is None else lengths, len(query))
+    ):
         new = {} if raw is None else raw[b]
         visible, end = held(contents, b) | new, int(state.end[b]) + len(new)
         for t in range(length):
@@ -153,7 +171,8 @@ def assert_attends(state: CacheState, query: Array, lengths: Any = None) -> None
 
 
 def poisoned(state: CacheState, floating: float, word: int) -> CacheState:
-    """A state with all its slots overwritten; what belongs to a row (positions, means, mirrors) stays."""
+    """A state with all its slots overwritten; what belongs to a row (positions, means, mirrors)
+    stays."""
 
     def spoil(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if path[-1].name not in ("data", "scale", "zero_point"):

@@ -14,4 +14,6 @@ KERNEL = "__gpu$xla.gpu.triton"
 def lowered(function: Any, *arguments: Any, platform: str = "cuda") -> str:
     """The program's text; for cuda, inside the fixture `gpu`."""
     checks = [export.DisabledSafetyCheck.custom_call(KERNEL)]
-    return export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(*arguments).mlir_module()
+    return export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(
+        *arguments
+    ).mlir_module()

@@ -1,4 +1,5 @@
-"""Bad input is refused with a ValueError that says what was given, what was wanted and what to do."""
+"""Bad input is refused with a ValueError that says what was given, what was wanted and what to
+do."""
 
 from __future__ import annotations
 
@@ -53,21 +54,42 @@ def refused(message: str) -> Any:
         ({"head_dim": 12}, "head_dim=12: must be a multiple of 8; pad"),
         ({"head_dim": 7}, "head_dim=7: must be a multiple of 8; pad"),
         ({"max_tokens": 3}, "max_tokens=3 cannot hold tail_length=4 .* raise it to 4"),
-        ({"warm_length": 9, "sink_tokens": 4}, "max_tokens=16 cannot hold .* warm_length=9 .* sink_tokens=4: raise it to 17"),
+        (
+            {"warm_length": 9, "sink_tokens": 4},
+            "max_tokens=16 cannot hold .* warm_length=9 .* sink_tokens=4: raise it to 17",
+        ),
         ({"tail_length": 0, "sink_tokens": 16}, "max_tokens=16 are all sinks: leave room"),
         ({"tail_precision": "fp12"}, "tail_precision='fp12': must be one of .*'fp16'"),
         ({"store_precision": "q3"}, "store_precision='q3': must be one of .*'q4'"),
         ({"warm_precision": None}, "warm_precision=None: must be one of"),
         ({"migration": "lazy"}, "migration='lazy': must be one of .*'batched'"),
-        ({"key_quant": QuantSpec(4, 5)}, "group_size=5 for the cold keys: must divide head_dim=16, or be .* = 32"),
-        ({"value_quant": QuantSpec(4, 24)}, "group_size=24 for the cold values: must divide head_dim=16"),
-        ({"key_quant": QuantSpec(4, 8, axis="channel")}, "axis='channel' .* cold keys: .* set migration='batched'"),
         (
-            {"key_quant": QuantSpec(4, 12, axis="channel"), "migration": "batched", "migration_batch": 16},
+            {"key_quant": QuantSpec(4, 5)},
+            "group_size=5 for the cold keys: must divide head_dim=16, or be .* = 32",
+        ),
+        (
+            {"value_quant": QuantSpec(4, 24)},
+            "group_size=24 for the cold values: must divide head_dim=16",
+        ),
+        (
+            {"key_quant": QuantSpec(4, 8, axis="channel")},
+            "axis='channel' .* cold keys: .* set migration='batched'",
+        ),
+        (
+            {
+                "key_quant": QuantSpec(4, 12, axis="channel"),
+                "migration": "batched",
+                "migration_batch": 16,
+            },
             r"group_size=12 for the cold keys: .* migration_batch \(now 16\) to a multiple of 12",
         ),
         (
-            {"key_quant": QuantSpec(4, 8, axis="channel"), "migration": "batched", "migration_batch": 8, "tail_length": 0},
+            {
+                "key_quant": QuantSpec(4, 8, axis="channel"),
+                "migration": "batched",
+                "migration_batch": 8,
+                "tail_length": 0,
+            },
             "axis='channel' for the cold keys: .* set tail_length >= 1",
         ),
     ],
@@ -86,7 +108,10 @@ def test_config(fields: dict[str, Any], message: str) -> None:
         ({"bits": 16}, "bits=16: 2, 4 or 8 are supported"),
         ({"bits": 4, "axis": "head"}, "axis='head': must be 'token' or 'channel'"),
         ({"bits": 4, "group_size": 0}, "group_size=0: must be positive, or None"),
-        ({"bits": 4, "align": True, "symmetric": True}, "align=True needs a zero point per token: leave symmetric=False"),
+        (
+            {"bits": 4, "align": True, "symmetric": True},
+            "align=True needs a zero point per token: leave symmetric=False",
+        ),
         ({"bits": 4, "align": True, "axis": "channel"}, "align=True needs a zero point per token"),
     ],
     ids=str,
@@ -98,9 +123,13 @@ def test_quant_spec(fields: dict[str, Any], message: str) -> None:
 
 
 def test_legal_corners() -> None:
-    """A tail of 0, a chain that ends with the warm tier, strings for enums, one group for a whole token."""
+    """A tail of 0, a chain that ends with the warm tier, strings for enums, one group for a whole
+    token."""
     assert [tier.name for tier in KvCacheConfig(**{**SMALL, "tail_length": 0}).chain] == ["cold"]
-    assert [tier.name for tier in KvCacheConfig(**SMALL, warm_length=10, sink_tokens=2).chain] == ["hot", "warm"]
+    assert [tier.name for tier in KvCacheConfig(**SMALL, warm_length=10, sink_tokens=2).chain] == [
+        "hot",
+        "warm",
+    ]
     assert KvCacheConfig(**SMALL, store_precision="q8", migration="batched") == KvCacheConfig(
         **SMALL, store_precision=Precision.Q8, migration=Migration.BATCHED
     )
@@ -135,8 +164,11 @@ BAD_TOKENS = [
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize(("shape", "message"), BAD_TOKENS, ids=str)
-def test_shapes_of_new_tokens(state: CacheState, shape: tuple[int, ...], message: str, traced: bool) -> None:
-    """append and prefill refuse keys and values that do not fit the cache, also while they are traced."""
+def test_shapes_of_new_tokens(
+    state: CacheState, shape: tuple[int, ...], message: str, traced: bool
+) -> None:
+    """append and prefill refuse keys and values that do not fit the cache, also while they are
+    traced."""
     append, prefill = (jax.jit(f) if traced else f for f in (jaxkv.append, jaxkv.prefill))
     query = array(BATCH, 2, 4, 16)
     with refused("keys." + message):
@@ -258,7 +290,9 @@ def test_lengths_beyond_the_tokens_given(state: CacheState) -> None:
             call()
 
 
-@pytest.mark.parametrize(("verb", "bit"), [(jaxkv.evict, Status.EVICT_TOO_MANY), (jaxkv.rewind, Status.REWIND_TOO_MANY)])
+@pytest.mark.parametrize(
+    ("verb", "bit"), [(jaxkv.evict, Status.EVICT_TOO_MANY), (jaxkv.rewind, Status.REWIND_TOO_MANY)]
+)
 def test_more_than_is_held(state: CacheState, verb: Callable[..., CacheState], bit: Status) -> None:
     """Outside jit an error; inside, the row stays as it is and says so in its status."""
     with refused(r"count=\[5, 1, 2\]: rows hold \[5, 0, 2\] such tokens; ask for fewer"):
@@ -266,7 +300,9 @@ def test_more_than_is_held(state: CacheState, verb: Callable[..., CacheState], b
     after = jax.jit(verb)(state, np.array([5, 1, 2]))
     np.testing.assert_array_equal(after.status, [0, bit, 0])
     np.testing.assert_array_equal(jaxkv.stats(after).total_tokens, [0, 0, 0])
-    np.testing.assert_array_equal(jaxkv.stats(verb(state, np.array([5, 0, 2]))).total_tokens, [0, 0, 0])
+    np.testing.assert_array_equal(
+        jaxkv.stats(verb(state, np.array([5, 0, 2]))).total_tokens, [0, 0, 0]
+    )
 
 
 @pytest.mark.parametrize("verb", [jaxkv.evict, jaxkv.rewind])
@@ -278,20 +314,29 @@ def test_negative_counts_inside_jit(state: CacheState, verb: Callable[..., Cache
 
 
 def test_lengths_out_of_range_inside_jit(state: CacheState) -> None:
-    """Where lengths are seen to be out of range only inside jit, the row stays as it is and says so; its queries get zeros."""
+    """Where lengths are seen to be out of range only inside jit, the row stays as it is and says
+    so; its queries get zeros."""
     good, lengths = array(*GOOD) + 1, np.array([7, -3, 1])
-    for verb in (jaxkv.append, lambda state, x, y, lengths: jaxkv.prefill(state, x, x, y, lengths)[0]):
+    for verb in (
+        jaxkv.append,
+        lambda state, x, y, lengths: jaxkv.prefill(state, x, x, y, lengths)[0],
+    ):
         after = jax.jit(verb)(state, good, good, lengths)
         np.testing.assert_array_equal(after.end, [5, 0, 3])
         np.testing.assert_array_equal(after.status, [Status.OUT_OF_RANGE, Status.OUT_OF_RANGE, 0])
     out = jax.jit(jaxkv.attend)(state, good, lengths=lengths)
-    np.testing.assert_array_equal(np.any(out, axis=(2, 3)), [[False, False], [False, False], [True, False]])
+    np.testing.assert_array_equal(
+        np.any(out, axis=(2, 3)), [[False, False], [False, False], [True, False]]
+    )
 
 
 def test_rewind_that_cuts_a_group() -> None:
-    """Codes that share a scale with tokens that are gone cannot be taken apart; rewind_length makes room for it."""
+    """Codes that share a scale with tokens that are gone cannot be taken apart; rewind_length makes
+    room for it."""
     spec = QuantSpec(4, 4, axis="channel")
-    config = KvCacheConfig(**SMALL, key_quant=spec, value_quant=spec, migration=Migration.BATCHED, migration_batch=4)
+    config = KvCacheConfig(
+        **SMALL, key_quant=spec, value_quant=spec, migration=Migration.BATCHED, migration_batch=4
+    )
     state = jax.jit(jaxkv.append)(jaxkv.init(config), array(1, 16, 2, 16), array(1, 16, 2, 16))
     with refused(r"count=\[?10\]?: .* cut a frozen group .* rewind_length \(now 0\)"):
         jaxkv.rewind(state, 10)

@@ -1,4 +1,5 @@
-"""Two processes with two devices each, joined by `jax.distributed` with gloo over loopback: one cache, split between them."""
+"""Two processes with two devices each, joined by `jax.distributed` with gloo over loopback: one
+cache, split between them."""
 
 from __future__ import annotations
 
@@ -71,11 +72,16 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_two_processes_share_a_context() -> None:
-    """Every second position lives in the other process; both get what one process with the whole cache gets."""
+    """Every second position lives in the other process; both get what one process with the whole
+    cache gets."""
     port, environment = str(free_port()), {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(process), port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", WORKER, str(process), port],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for process in range(2)
     ]

@@ -15,17 +15,50 @@ import texts
 
 import jaxkv
 
-TINY = llama.LlamaConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-5)
+TINY = llama.LlamaConfig(
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-5
+)
 WIDTH, HIDDEN, VOCABULARY, LENGTH = 32, 48, 97, 40
 PRECISION = jaxkv.Precision
-EXACT = jaxkv.KvCacheConfig(64, PRECISION.FP32, PRECISION.FP32, 64, TINY.num_kv_heads, TINY.head_dim)
+EXACT = jaxkv.KvCacheConfig(
+    64, PRECISION.FP32, PRECISION.FP32, 64, TINY.num_kv_heads, TINY.head_dim
+)
 Q8 = jaxkv.KvCacheConfig(8, PRECISION.FP16, PRECISION.Q8, 64, TINY.num_kv_heads, TINY.head_dim)
 
 # Ids that llama.cpp gives for the same text and file.
 TOKENIZED = {
-    "The year 2026 cost 3.14 dollars.": [504, 713, 216, 34, 32, 34, 38, 1708, 216, 35, 30, 33, 36, 8358, 30],
+    "The year 2026 cost 3.14 dollars.": [
+        504,
+        713,
+        216,
+        34,
+        32,
+        34,
+        38,
+        1708,
+        216,
+        35,
+        30,
+        33,
+        36,
+        8358,
+        30,
+    ],
     "def f(x):\n    return x**2\n": [1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 198],
-    "naïve café — 日本語 🙂": [3546, 46494, 37366, 1841, 17097, 241, 115, 40993, 179, 120, 248, 47526],
+    "naïve café — 日本語 🙂": [
+        3546,
+        46494,
+        37366,
+        1841,
+        17097,
+        241,
+        115,
+        40993,
+        179,
+        120,
+        248,
+        47526,
+    ],
     "  two  spaces\t\n\n": [216, 827, 216, 5600, 197, 1116],
     "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
 }
@@ -38,7 +71,8 @@ def params(rng: np.random.Generator) -> llama.Params:
 
 @pytest.fixture
 def tiny_smollm2(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    """The examples' programs with the tiny model and SmolLM2's tokenizer; CI runs them with the real one."""
+    """The examples' programs with the tiny model and SmolLM2's tokenizer; CI runs them with the
+    real one."""
     params = random_params(rng, smollm2.load_tokenizer().get_vocab_size())
     monkeypatch.setattr(smollm2, "load_config", lambda: TINY)
     monkeypatch.setattr(smollm2, "load_params", lambda: params)
@@ -83,7 +117,9 @@ def test_rotate_turns_pairs_by_their_angle(rng: np.random.Generator) -> None:
     """Written as complex numbers: (x0 + i x1) exp(i angle)."""
     x = rng.normal(size=(1, 5, 2, 16)).astype(np.float32)
     positions = np.array([[0, 1, 7, 100, 2000]])
-    rotated = np.asarray(llama.rotate(jnp.asarray(x), llama.rotary_angles(TINY, jnp.asarray(positions))))
+    rotated = np.asarray(
+        llama.rotate(jnp.asarray(x), llama.rotary_angles(TINY, jnp.asarray(positions)))
+    )
     angles = positions[..., None, None] * 1e4 ** (-np.arange(8) / 8)
     expected = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
     np.testing.assert_allclose(rotated[..., ::2] + 1j * rotated[..., 1::2], expected, atol=5e-4)
@@ -98,7 +134,9 @@ def test_a_token_does_not_see_later_ones(params: llama.Params, tokens: jax.Array
 
 
 @pytest.mark.parametrize("chunks", [[40], [1] * 40, [17, 1, 1, 13, 8]])
-def test_an_exact_cache_changes_nothing(params: llama.Params, tokens: jax.Array, chunks: list[int]) -> None:
+def test_an_exact_cache_changes_nothing(
+    params: llama.Params, tokens: jax.Array, chunks: list[int]
+) -> None:
     _, expected = llama.forward(TINY, params, None, tokens, llama.uncached)
     forward = jax.jit(llama.forward, static_argnums=(0, 4))
     for attention in (llama.cached, llama.prefilled):
@@ -133,7 +171,9 @@ def test_sampling_follows_temperature_and_key() -> None:
     scores = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
     keys = jax.random.split(jax.random.key(1), 2000)
     for temperature in (0.5, 1.0):
-        drawn = jax.vmap(llama.sample, (0, None, None))(keys, scores, jnp.float32(temperature))[:, 0]
+        drawn = jax.vmap(llama.sample, (0, None, None))(keys, scores, jnp.float32(temperature))[
+            :, 0
+        ]
         expected = jnp.array([0.1, 0.6, 0.3]) ** (1 / temperature)
         np.testing.assert_allclose(np.bincount(drawn) / 2000, expected / expected.sum(), atol=0.04)
     assert llama.sample(keys[0], scores, jnp.float32(0)).tolist() == [1]
@@ -178,7 +218,9 @@ def test_options_describe_the_cache(options: str, bits: float) -> None:
     assert perplexity.bits_per_element(config) == pytest.approx(bits)
 
 
-def test_bad_options_say_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_bad_options_say_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     for options in (["--tokens", "0"], ["--keys", "4,64,rotated"], ["--values", "x"]):
         with pytest.raises(SystemExit):
             generate.parse_options(options)
@@ -193,8 +235,11 @@ def test_bad_options_say_what_to_do(capsys: pytest.CaptureFixture[str], monkeypa
         smollm2.fetch()
 
 
-def assert_greedy(model: llama.LlamaConfig, params: llama.Params, prompt: jax.Array, decoded: jax.Array) -> None:
-    """Each token of `decoded` [B, T] is the likeliest after `prompt` and those before it, without a cache.
+def assert_greedy(
+    model: llama.LlamaConfig, params: llama.Params, prompt: jax.Array, decoded: jax.Array
+) -> None:
+    """Each token of `decoded` [B, T] is the likeliest after `prompt` and those before it, without a
+    cache.
 
     By induction over the tokens, `decoded` then is what greedy decoding without a cache gives.
     """
@@ -209,7 +254,9 @@ def test_smollm2_through_an_exact_cache_is_smollm2() -> None:
     model, params = smollm2.load_config(), llama.stack_layers(smollm2.load_params())
     text = smollm2.chat_prompt("Explain in a few sentences how the tides come about.")
     prompt = jnp.asarray([smollm2.load_tokenizer().encode(text).ids], jnp.int32)
-    config = jaxkv.KvCacheConfig(128, PRECISION.FP32, PRECISION.FP32, 128, model.num_kv_heads, model.head_dim)
+    config = jaxkv.KvCacheConfig(
+        128, PRECISION.FP32, PRECISION.FP32, 128, model.num_kv_heads, model.head_dim
+    )
     state = jaxkv.init(config, num_layers=model.num_layers)
     state, logits = llama.prefill(model, params, state, prompt)
     greedy, key = jnp.float32(0), jax.random.key(0)
@@ -246,7 +293,9 @@ def test_perplexity_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -
     perplexity.main(["--quick", "--json", "--tail", "32"])
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == 512
-    assert result["bits_per_element"] == perplexity.bits_per_element(jaxkv.KvCacheConfig(32, num_kv_heads=2, head_dim=16))
+    assert result["bits_per_element"] == perplexity.bits_per_element(
+        jaxkv.KvCacheConfig(32, num_kv_heads=2, head_dim=16)
+    )
     assert result["perplexity"] == pytest.approx(result["baseline_perplexity"], rel=0.05)
     assert 0 < result["kl"] < 0.05
     assert 0.5 < result["top1"] <= 1

@@ -1,4 +1,5 @@
-"""What the compiler makes of a decode step: no copies of the cache, no temporaries that grow with it, only portable operations."""
+"""What the compiler makes of a decode step: no copies of the cache, no temporaries that grow with
+it, only portable operations."""
 
 from __future__ import annotations
 
@@ -17,15 +18,27 @@ import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
 
 HEADS, LAYERS = 4, 3
-SLOTS = (5987, 9001)  # of the store; primes, and more than two blocks: half of all words of 4 bits would pass for all of 2 bits
+SLOTS = (
+    5987,
+    9001,
+)  # of the store; primes, and more than two blocks: half of all words of 4 bits would pass for all of 2 bits
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "eager": {"migration": Migration.EAGER},
     "batched": {"migration": Migration.BATCHED},
     "three_tiers": {"migration": Migration.BATCHED, "warm_length": 70, "sink_tokens": 4},
     "all_quantized": {"tail_length": 0, "store_precision": Precision.Q8},
-    "bf16": {"tail_length": 0, "tail_precision": Precision.FP32, "warm_length": 90, "warm_precision": Precision.BF16},
-    "channel": {"migration": Migration.BATCHED, "key_quant": channels(4, 32), "value_quant": QuantSpec(2, 32)},
+    "bf16": {
+        "tail_length": 0,
+        "tail_precision": Precision.FP32,
+        "warm_length": 90,
+        "warm_precision": Precision.BF16,
+    },
+    "channel": {
+        "migration": Migration.BATCHED,
+        "key_quant": channels(4, 32),
+        "value_quant": QuantSpec(2, 32),
+    },
     "float": {"tail_length": 0, "store_precision": Precision.FP32},
 }
 
@@ -38,15 +51,21 @@ def config(name: str, slots: int) -> KvCacheConfig:
 
 
 Step = Callable[..., tuple[Any, Any]]
-Program = tuple[Step, tuple[Any, ...]]  # a decode step and the shapes of its arguments, the cache first
+Program = tuple[
+    Step, tuple[Any, ...]
+]  # a decode step and the shapes of its arguments, the cache first
 
 
-def new_shapes(batch: int, *lead: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def new_shapes(
+    batch: int, *lead: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     key = jax.ShapeDtypeStruct((*lead, batch, 1, 2, 64), jnp.float32)
     return key, key, jax.ShapeDtypeStruct((*lead, batch, 1, HEADS, 64), jnp.float32)
 
 
-def decode(state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any) -> tuple[CacheState, jax.Array]:
+def decode(
+    state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any
+) -> tuple[CacheState, jax.Array]:
     state = jaxkv.append(state, key, value, **layer)
     return state, jaxkv.attend(state, query, **layer)
 
@@ -71,7 +90,10 @@ def scanned_stack(settings: KvCacheConfig, batch: int) -> Program:
 
         return lax.scan(layer, stack, (jnp.arange(LAYERS), *new))
 
-    return step, (jax.eval_shape(lambda: jaxkv.init(settings, batch, num_layers=LAYERS)), *new_shapes(batch, LAYERS))
+    return step, (
+        jax.eval_shape(lambda: jaxkv.init(settings, batch, num_layers=LAYERS)),
+        *new_shapes(batch, LAYERS),
+    )
 
 
 def loop_of_steps(settings: KvCacheConfig, batch: int) -> Program:
@@ -99,7 +121,8 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.
 
 
 def instructions(text: str) -> Iterator[tuple[str, str, str]]:
-    """Result type, operation and the rest of the line of every instruction; a fusion counts as what its root does."""
+    """Result type, operation and the rest of the line of every instruction; a fusion counts as what
+    its root does."""
     roots, computation = dict[str, str](), ""
     for line in text.splitlines():
         head = re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
@@ -109,58 +132,96 @@ def instructions(text: str) -> Iterator[tuple[str, str, str]]:
     for line in text.splitlines():
         if found := _INSTRUCTION.match(line):
             called = re.search(r"calls=%?([\w.\-]+)", found[4])
-            yield found[2], roots[called[1]] if found[3] == "fusion" and called else found[3], found[4]
+            yield (
+                found[2],
+                roots[called[1]] if found[3] == "fusion" and called else found[3],
+                found[4],
+            )
 
 
 # A cache-sized array may be handed on, or written in place.
-HARMLESS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
+HARMLESS = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+}
 IN_PLACE = {"scatter", "dynamic-update-slice"}
 
 
 def sized_like_the_cache(text: str, settings: KvCacheConfig) -> set[tuple[str, str]]:
-    """Operations, with their result, that make an array with an axis of the store's slots, or of all their words, and not in place."""
+    """Operations, with their result, that make an array with an axis of the store's slots, or of
+    all their words, and not in place."""
     slots = settings.chain[-1].capacity
     found = set()
     for result, operation, _ in instructions(text):
         for shape in re.findall(r"\w+\[([\d,]+)\]", result):
-            if any(int(axis) % slots == 0 for axis in shape.split(",")) and operation not in HARMLESS | IN_PLACE:
+            if (
+                any(int(axis) % slots == 0 for axis in shape.split(","))
+                and operation not in HARMLESS | IN_PLACE
+            ):
                 found.add((operation, result))
     return found
 
 
-# All configurations as one state and as a stack; the two modes of migration in the other shapes, too.
-DECODED = [(shape, name) for shape in SHAPES for name in (CONFIGS if shape in ("one_state", "scanned_stack") else ("eager", "batched"))]
+# All configurations as one state and as a stack; the two modes of migration in the other shapes,
+# too.
+DECODED = [
+    (shape, name)
+    for shape in SHAPES
+    for name in (CONFIGS if shape in ("one_state", "scanned_stack") else ("eager", "batched"))
+]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("shape", "name"), DECODED)
 def test_decoding_copies_nothing_of_the_cache(shape: str, name: str, batch: int) -> None:
-    """With the state donated, a step writes in place: no operation makes a second array of the cache's size."""
+    """With the state donated, a step writes in place: no operation makes a second array of the
+    cache's size."""
     program = compiled(shape, name, SLOTS[0], batch=batch)
     assert not sized_like_the_cache(program.as_text(), config(name, SLOTS[0]))
     memory, state = program.memory_analysis(), SHAPES[shape](config(name, SLOTS[0]), batch)[1][0]
-    assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_temporaries_do_not_grow_with_the_cache(name: str) -> None:
-    """A step needs the same working memory for 5,987 and for 9,001 slots: attention goes block by block."""
-    small, large = (compiled("one_state", name, slots).memory_analysis().temp_size_in_bytes for slots in SLOTS)
+    """A step needs the same working memory for 5,987 and for 9,001 slots: attention goes block by
+    block."""
+    small, large = (
+        compiled("one_state", name, slots).memory_analysis().temp_size_in_bytes for slots in SLOTS
+    )
     assert large <= small * 1.01
 
 
 @pytest.mark.parametrize("shape", ["one_state", "scanned_stack"])
 def test_copies_are_seen(shape: str) -> None:
     """Without donation the cache is copied, and the census above sees it."""
-    found = sized_like_the_cache(compiled(shape, "eager", SLOTS[0], donate=False).as_text(), config("eager", SLOTS[0]))
+    found = sized_like_the_cache(
+        compiled(shape, "eager", SLOTS[0], donate=False).as_text(), config("eager", SLOTS[0])
+    )
     assert {operation for operation, _ in found} & {"copy", "copy-start"}
 
 
 @pytest.mark.parametrize(("precision", "tail"), [("q8", 256), ("q4", 256), ("q2", 256), ("q4", 0)])
 def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
-    """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is computed twice."""
-    state = jax.eval_shape(lambda: jaxkv.init(KvCacheConfig(tail, store_precision=precision, max_tokens=16384)))
-    text = jax.jit(jaxkv.attend).lower(state, jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32)).compile().as_text()
+    """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is
+    computed twice."""
+    state = jax.eval_shape(
+        lambda: jaxkv.init(KvCacheConfig(tail, store_precision=precision, max_tokens=16384))
+    )
+    text = (
+        jax.jit(jaxkv.attend)
+        .lower(state, jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32))
+        .compile()
+        .as_text()
+    )
     bodies = {name for line in text.splitlines() for name in re.findall(r"body=%?([\w.\-]+)", line)}
     assert bodies
     split, once, computation = list[str](), 0, ""
@@ -171,13 +232,20 @@ def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
             split += [line] if re.search(r'"outer_dimension_partitions":\["', line) else []
             once += " conditional(" in line
     assert not split
-    assert once >= 5  # the conditionals of `computed_once`, if the compiler has not seen through them
+    assert (
+        once >= 5
+    )  # the conditionals of `computed_once`, if the compiler has not seen through them
 
 
 def test_unpacked_stores_are_seen() -> None:
     """Dequantizing the whole store, as `gather` does, is seen by the census, too."""
     settings = config("eager", SLOTS[0])
-    text = jax.jit(jaxkv.gather).lower(jax.eval_shape(lambda: jaxkv.init(settings, 2))).compile().as_text()
+    text = (
+        jax.jit(jaxkv.gather)
+        .lower(jax.eval_shape(lambda: jaxkv.init(settings, 2)))
+        .compile()
+        .as_text()
+    )
     assert any("f32" in result for _, result in sized_like_the_cache(text, settings))
 
 
@@ -185,37 +253,94 @@ def test_unpacked_stores_are_seen() -> None:
 
 PLATFORMS = ["cpu", "cuda", "rocm", "tpu", "mps"]
 
-# What the portable programs consist of. All of it is in StableHLO's stable core and known to every PJRT plugin that we know of
-# (jax-mps lists its operations in src/pjrt_plugin/ops). A new name here needs a look at that list.
+# What the portable programs consist of. All of it is in StableHLO's stable core and known to every
+# PJRT plugin that we know of (jax-mps lists its operations in src/pjrt_plugin/ops). A new name here
+# needs a look at that list.
 OPERATIONS = {
-    *("abs", "add", "divide", "exponential", "maximum", "minimum", "multiply", "negate", "remainder", "sign", "sqrt", "subtract"),
-    *("and", "not", "or", "shift_left", "shift_right_arithmetic", "compare", "select", "clamp", "round_nearest_even"),
-    *("bitcast_convert", "broadcast_in_dim", "concatenate", "constant", "convert", "iota", "pad", "reshape", "slice", "transpose"),
+    *(
+        "abs",
+        "add",
+        "divide",
+        "exponential",
+        "maximum",
+        "minimum",
+        "multiply",
+        "negate",
+        "remainder",
+        "sign",
+        "sqrt",
+        "subtract",
+    ),
+    *(
+        "and",
+        "not",
+        "or",
+        "shift_left",
+        "shift_right_arithmetic",
+        "compare",
+        "select",
+        "clamp",
+        "round_nearest_even",
+    ),
+    *(
+        "bitcast_convert",
+        "broadcast_in_dim",
+        "concatenate",
+        "constant",
+        "convert",
+        "iota",
+        "pad",
+        "reshape",
+        "slice",
+        "transpose",
+    ),
     *("dynamic_slice", "dynamic_update_slice", "gather", "scatter"),
     *("dot_general", "reduce", "case", "while", "return", "optimization_barrier", "log"),
 }
 TYPES = {"i1", "i8", "i16", "i32", "f16", "bf16", "f32"}
-EXPORTED = {name: {**CASES, **LONG}[name] for name in ("channel_both", "fp32_q8_q4", "long_channel", "q2_symmetric_sinks")}
+EXPORTED = {
+    name: {**CASES, **LONG}[name]
+    for name in ("channel_both", "fp32_q8_q4", "long_channel", "q2_symmetric_sinks")
+}
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 def test_exports_are_portable(case: Any, platform: str) -> None:
-    """Every verb can be exported for every platform, without custom calls, in common types and operations."""
+    """Every verb can be exported for every platform, without custom calls, in common types and
+    operations."""
 
     def every_verb(state: CacheState, new: jax.Array, query: jax.Array, rows: jax.Array) -> Any:
         state, out = jaxkv.prefill(state, query, new, new, rows)
-        state = jaxkv.take_rows(jaxkv.rewind(jaxkv.evict(jaxkv.append(state, new, new), rows), rows), rows)
-        return state, out, jaxkv.attend(state, query), jaxkv.gather(state), jaxkv.stats(state), jaxkv.clear(state)
+        state = jaxkv.take_rows(
+            jaxkv.rewind(jaxkv.evict(jaxkv.append(state, new, new), rows), rows), rows
+        )
+        return (
+            state,
+            out,
+            jaxkv.attend(state, query),
+            jaxkv.gather(state),
+            jaxkv.stats(state),
+            jaxkv.clear(state),
+        )
 
     state = jax.eval_shape(lambda: jaxkv.init(case.config, 2))
     new, query = (
-        jax.ShapeDtypeStruct((2, 2, heads, case.config.head_dim), jnp.float32) for heads in (case.config.num_kv_heads, case.num_heads)
+        jax.ShapeDtypeStruct((2, 2, heads, case.config.head_dim), jnp.float32)
+        for heads in (case.config.num_kv_heads, case.num_heads)
     )
     rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    text = str(export.export(jax.jit(every_verb), platforms=[platform])(state, new, query, rows).mlir_module())
+    text = str(
+        export.export(jax.jit(every_verb), platforms=[platform])(
+            state, new, query, rows
+        ).mlir_module()
+    )
     assert "custom_call" not in text
-    operations = set(re.findall(r"\b(?:stablehlo|chlo|mhlo)\.([a-z_]+)\b(?= |\()", text)) | set(re.findall(r'"stablehlo\.(\w+)"', text))
-    assert operations <= OPERATIONS | {"num_partitions", "num_replicas"} | ({"reduce_precision"} if platform == "cpu" else set())
+    operations = set(re.findall(r"\b(?:stablehlo|chlo|mhlo)\.([a-z_]+)\b(?= |\()", text)) | set(
+        re.findall(r'"stablehlo\.(\w+)"', text)
+    )
+    assert operations <= OPERATIONS | {"num_partitions", "num_replicas"} | (
+        {"reduce_precision"} if platform == "cpu" else set()
+    )
     assert len(operations) > 20  # they were found
     assert set(re.findall(r"tensor<(?:[\dx?]+x)?(\w+)>", text)) <= TYPES

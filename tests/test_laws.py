@@ -1,4 +1,5 @@
-"""The laws of a cache that only grows, each over the table in `cases.py`: positions, counts, codes that stay as they are."""
+"""The laws of a cache that only grows, each over the table in `cases.py`: positions, counts, codes
+that stay as they are."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ from jaxkv import Precision
 
 @over(CASES | LONG)
 def test_positions_are_contiguous(case: Case) -> None:
-    """What is held is a range that ends at the newest token, plus the sinks: as much as fits, oldest first."""
+    """What is held is a range that ends at the newest token, plus the sinks: as much as fits,
+    oldest first."""
     sinks = case.config.sink_tokens
     for end, (_, _, positions) in zip(run(case).ends, run(case).contents, strict=True):
         expected = [*range(min(sinks, end)), *range(max(sinks, end - case.config.room), end)]
@@ -48,7 +50,8 @@ def test_positions_are_contiguous(case: Case) -> None:
 
 @over(CASES | LONG)
 def test_counts_follow_the_rules(case: Case) -> None:
-    """The store is evicted before the tail, which holds `tail_length`, or in batches less than a batch more."""
+    """The store is evicted before the tail, which holds `tail_length`, or in batches less than a
+    batch more."""
     config = case.config
     for end, state in zip(run(case).ends, run(case).states, strict=True):
         now, chain = stats(state), max(0, min(end - config.sink_tokens, config.room))
@@ -95,7 +98,10 @@ def test_stored_words_do_not_change(case: Case) -> None:
         number = {"hot": "tail_tokens", "warm": "warm_tokens", "cold": "store_tokens"}[last.name]
         stop = old.begin[0] + getattr(stats(old), number)[0]
         slots = (np.arange(new.begin[0], stop) - case.config.sink_tokens) % last.capacity
-        for before, after in ((old.tiers[-1].keys, new.tiers[-1].keys), (old.tiers[-1].values, new.tiers[-1].values)):
+        for before, after in (
+            (old.tiers[-1].keys, new.tiers[-1].keys),
+            (old.tiers[-1].values, new.tiers[-1].values),
+        ):
             np.testing.assert_array_equal(before.data[0][:, slots], after.data[0][:, slots])
 
 
@@ -131,7 +137,8 @@ def test_ragged_rows(case: Case, rng: np.random.Generator) -> None:
 
 @over(CASES)
 def test_rows_do_not_see_each_other(case: Case) -> None:
-    """A row stores and gives the same bits whatever the others hold: other tokens, other lengths, NaN."""
+    """A row stores and gives the same bits whatever the others hold: other tokens, other lengths,
+    NaN."""
     first_row = [x[:1] for x in random_tokens(np.random.default_rng(0), case, 30)]
     query, results = random_query(np.random.default_rng(0), case), []
     for seed in (1, 2):
@@ -150,13 +157,16 @@ def test_rows_do_not_see_each_other(case: Case) -> None:
 
 @over(CASES)
 def test_bytes_are_the_devices(case: Case) -> None:
-    """nbytes is what the arrays take; tail_bytes + store_bytes is their share behind the tokens held."""
+    """nbytes is what the arrays take; tail_bytes + store_bytes is their share behind the tokens
+    held."""
     state = run(case).states[-1]
     config, now = case.config, stats(run(case).states[-1])
     assert jaxkv.nbytes(state) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     elements = config.num_kv_heads * config.head_dim
     fp16 = np.asarray(now.total_tokens).sum() * 4.0 * elements
-    np.testing.assert_allclose(now.compression_ratio, fp16 / (now.tail_bytes + now.store_bytes), rtol=1e-6)
+    np.testing.assert_allclose(
+        now.compression_ratio, fp16 / (now.tail_bytes + now.store_bytes), rtol=1e-6
+    )
     if config.tail_length and not config.tail_precision.is_quantized:
         element = {Precision.FP32: 4}.get(config.tail_precision, 2)
         tokens = np.asarray(now.tail_tokens + now.sink_tokens).sum()

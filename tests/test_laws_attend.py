@@ -54,7 +54,9 @@ from jaxkv.kernels import xla
 
 @pytest.mark.parametrize(("floating", "word"), [(np.nan, -1), (1e38, 0x55)], ids=["nan", "large"])
 @over(CASES)
-def test_empty_slots_never_reach_an_output(case: Case, floating: float, word: int, rng: np.random.Generator) -> None:
+def test_empty_slots_never_reach_an_output(
+    case: Case, floating: float, word: int, rng: np.random.Generator
+) -> None:
     """With NaN or large numbers in every empty slot, the same bits come out as with zeros."""
     clean, query = start(case), random_query(rng, case)
     dirty = poisoned(clean, floating, word)
@@ -67,7 +69,13 @@ def test_empty_slots_never_reach_an_output(case: Case, floating: float, word: in
         chex.assert_trees_all_equal(attend(dirty, query), attend(clean, query))
 
 
-@over({name: case for name, case in CASES.items() if all(tier.group == 1 for tier in case.config.chain)})
+@over(
+    {
+        name: case
+        for name, case in CASES.items()
+        if all(tier.group == 1 for tier in case.config.chain)
+    }
+)
 def test_dropped_tokens_never_reach_an_output(case: Case, rng: np.random.Generator) -> None:
     """Tokens of NaN that were evicted, rewound, or cleared leave no trace."""
     keys, values = random_tokens(rng, case, 10)
@@ -90,21 +98,31 @@ def test_dropped_tokens_never_reach_an_output(case: Case, rng: np.random.Generat
 
 @over(CASES | LONG)
 def test_attend_is_exact_on_what_is_held(case: Case, rng: np.random.Generator) -> None:
-    """attend == softmax attention in float64 over the dequantized tokens, to float32 rounding; causal, any T."""
+    """attend == softmax attention in float64 over the dequantized tokens, to float32 rounding;
+    causal, any T."""
     for state in run(case).states[:: max(1, len(case.steps) // 5)]:
         assert_attends(state, random_query(rng, case))
     for _ in range(3):
-        assert_attends(run(case).states[-1], random_query(rng, case), rng.integers(0, 6, case.batch_size))
+        assert_attends(
+            run(case).states[-1], random_query(rng, case), rng.integers(0, 6, case.batch_size)
+        )
     if case.name in FEW | LONG:
         assert_attends(run(case).states[-1], random_query(rng, case, 1))
 
 
 @over({name: CASES[name] for name in ("fp32", "q4", *FEW, "fp16_q2_batched")})
-def test_attend_block_by_block(case: Case, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attend_block_by_block(
+    case: Case, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same where a tier is read in several blocks, also where the last one is not full."""
     monkeypatch.setattr(xla, "TILE_BYTES", 1)
-    monkeypatch.setattr(xla, "SLOTS", (5 if all(tier.group == 1 for tier in case.config.chain) else 8, 1))
-    query, blockwise = random_query(rng, case), jax.jit(lambda state, query: jaxkv.attend(state, query))
+    monkeypatch.setattr(
+        xla, "SLOTS", (5 if all(tier.group == 1 for tier in case.config.chain) else 8, 1)
+    )
+    query, blockwise = (
+        random_query(rng, case),
+        jax.jit(lambda state, query: jaxkv.attend(state, query)),
+    )
     for state in (*run(case).states[:4], run(case).states[-1]):
         expected, bound = exact_attention(state, query)
         assert_within(np.abs(np.asarray(blockwise(state, query)) - expected), bound)
@@ -112,7 +130,8 @@ def test_attend_block_by_block(case: Case, rng: np.random.Generator, monkeypatch
 
 @over(CASES | LONG)
 def test_stored_tokens_are_near_the_raw_ones(case: Case) -> None:
-    """A token read back is off by half a step of each tier that it has been in, and 16-bit rounding, at most."""
+    """A token read back is off by half a step of each tier that it has been in, and 16-bit
+    rounding, at most."""
     contents, row = run(case).contents[-1], case.batch_size - 1
     bounds = accumulate(run(case).twins[-1], row, quantization_bound)
     for position, pair in held(contents, row).items():
@@ -122,16 +141,25 @@ def test_stored_tokens_are_near_the_raw_ones(case: Case) -> None:
 
 @over({name: case for name, case in CASES.items() if is_searched(case.config.chain[-1].key)})
 def test_search_is_no_worse_than_the_whole_range(case: Case) -> None:
-    """Where scales are searched for, the squared error of what shares one is at most that of plain rounding (see the reference)."""
+    """Where scales are searched for, the squared error of what shares one is at most that of plain
+    rounding (see the reference)."""
     row, spec, twin = 0, case.config.chain[-1], run(case).twins[-1]
-    shares = (1, -1) if spec.key.group_size > case.config.head_dim else (case.config.num_kv_heads, -1)  # all heads, or each for itself
+    shares = (
+        (1, -1) if spec.key.group_size > case.config.head_dim else (case.config.num_kv_heads, -1)
+    )  # all heads, or each for itself
     gains = []
     for position, pair in held(run(case).contents[-1], row).items():
         token = twin.rows[row].tokens[position]
         exact = all(isinstance(tier.key, Precision) for tier in case.config.chain[:-1])
-        if len(token) == len(case.config.chain) + 1 and position >= case.config.sink_tokens and exact:
+        if (
+            len(token) == len(case.config.chain) + 1
+            and position >= case.config.sink_tokens
+            and exact
+        ):
             entry = Entry(token[-2][:1], spec.key, twin.rows[row].mirrors[-1][0])
-            plain, searched = (norms((x[0] - token[-2][0]).reshape(shares)) for x in (token[-1], pair))
+            plain, searched = (
+                norms((x[0] - token[-2][0]).reshape(shares)) for x in (token[-1], pair)
+            )
             assert_within(searched, plain + norms(search_slack(entry)[0].reshape(shares)))
             gains.append(np.mean(searched / plain))
     assert not gains or np.mean(gains) < 1
@@ -141,8 +169,9 @@ def test_search_is_no_worse_than_the_whole_range(case: Case) -> None:
 def test_attend_is_near_exact_attention(case: Case, rng: np.random.Generator) -> None:
     """attend is off from attention over the raw tokens by no more than their quantization explains.
 
-    If scores move by at most e, weights change by a factor within exp(-2 e) .. exp(2 e). A head's output is then off by
-    the largest error of a value, plus exp(2 e) - 1 times the largest value (all as lengths of vectors).
+    If scores move by at most e, weights change by a factor within exp(-2 e) .. exp(2 e). A head's
+    output is then off by the largest error of a value, plus exp(2 e) - 1 times the largest value
+    (all as lengths of vectors).
     """
     row, head_dim = case.batch_size - 1, case.config.head_dim
     bounds = accumulate(run(case).twins[-1], row, quantization_bound)
@@ -152,14 +181,21 @@ def test_attend_is_near_exact_attention(case: Case, rng: np.random.Generator) ->
     query = random_query(rng, case)
     moved = head_dim**-0.5 * norms(query[row, -1]).max() * max(key_error.max(), 1e-7)
     query *= min(1, 0.05 / moved)  # keeps the bound small enough to say something
-    error = norms(attend(run(case).states[-1], query)[row, -1] - reference.exact_attention(query[row, -1], raw))
+    error = norms(
+        attend(run(case).states[-1], query)[row, -1]
+        - reference.exact_attention(query[row, -1], raw)
+    )
     from_scores = np.expm1(2 * min(moved, 0.05)) * norms(raw[:, 1]).max()
-    assert_within(error, value_error.max() + from_scores + attention_bound(query[row, -1], raw) * head_dim**0.5)
+    assert_within(
+        error,
+        value_error.max() + from_scores + attention_bound(query[row, -1], raw) * head_dim**0.5,
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_output_has_the_dtype_of_the_query(dtype: Any, rng: np.random.Generator) -> None:
-    """Attention is computed in float32 and rounded once; half-precision keys and values are taken as they are."""
+    """Attention is computed in float32 and rounded once; half-precision keys and values are taken
+    as they are."""
     case = CASES["fp16_q4"]
     query = random_query(rng, case).astype(dtype)
     out = attend(run(case).states[-1], query)
@@ -188,7 +224,10 @@ def test_prefill_attends_to_raw_tokens(case: Case, rng: np.random.Generator) -> 
     for state in (run(case).states[0], run(case).states[2], run(case).states[-1]):
         keys, values = random_tokens(rng, case, 5)
         lengths = rng.integers(0, 6, case.batch_size).astype(np.int32)
-        raw = [{int(end) + t: np.stack([keys[b, t], values[b, t]]) for t in range(lengths[b])} for b, end in enumerate(state.end)]
+        raw = [
+            {int(end) + t: np.stack([keys[b, t], values[b, t]]) for t in range(lengths[b])}
+            for b, end in enumerate(state.end)
+        ]
         after, out = prefill(state, query, keys, values, lengths)
         expected, bound = exact_attention(state, query, lengths, raw)
         assert_within(np.abs(out - expected), bound)

@@ -1,4 +1,5 @@
-"""However a program is put together, it computes the same: jit, scan, vmap, shards, batches, layers; and shapes never change."""
+"""However a program is put together, it computes the same: jit, scan, vmap, shards, batches,
+layers; and shapes never change."""
 
 from __future__ import annotations
 
@@ -84,10 +85,13 @@ def test_scan_is_a_loop(case: Case, rng: np.random.Generator) -> None:
 
 @over(FEW)
 def test_batch_is_its_rows_alone(case: Case, rng: np.random.Generator) -> None:
-    """A batch holds what its rows hold in batches of one, and attends to them alike but for rounding."""
+    """A batch holds what its rows hold in batches of one, and attends to them alike but for
+    rounding."""
     query, state = random_query(rng, case), run(case).states[-1]
     for b in range(case.batch_size):
-        alone = extend(jaxkv.init(case.config, 1), run(case).keys[b : b + 1], run(case).values[b : b + 1])
+        alone = extend(
+            jaxkv.init(case.config, 1), run(case).keys[b : b + 1], run(case).values[b : b + 1]
+        )
         chex.assert_trees_all_equal([x[b] for x in gather(state)], [x[0] for x in gather(alone)])
         expected, bound = exact_attention(alone, query[b : b + 1])
         assert_within(np.abs(attend(state, query)[b] - expected[0]), bound[0])
@@ -109,14 +113,19 @@ def test_vmap_is_a_loop(case: Case, rng: np.random.Generator) -> None:
         assert_within(np.abs(outs[i] - expected), bound)
 
 
-@over({name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")})
+@over(
+    {name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
+)
 def test_shards_of_a_batch(case: Case, rng: np.random.Generator) -> None:
-    """With the rows spread over devices, each device keeps its own, as one device would keep all."""
+    """With the rows spread over devices, each device keeps its own, as one device would keep
+    all."""
     case = dataclasses.replace(case, batch_size=4)
     keys, values = random_tokens(rng, case, 6)
     query, rows = random_query(rng, case, 1), PartitionSpec("rows")
 
-    def step(state: CacheState, keys: Array, values: Array, query: Array) -> tuple[CacheState, jax.Array]:
+    def step(
+        state: CacheState, keys: Array, values: Array, query: Array
+    ) -> tuple[CacheState, jax.Array]:
         state = jaxkv.append(state, keys, values)
         return state, jaxkv.attend(state, query)
 
@@ -168,7 +177,16 @@ def test_one_trace_for_a_whole_run(case: Case) -> None:
         verbs[name] = jax.jit(chex.assert_max_traces(verb, n=1))
     state, new = start(case), run(case).keys[:, :3]
     for round_ in range(8):
-        for name in ("append", "append", "append", "prefill", "evict", "rewind", "migrate", "take_rows"):
+        for name in (
+            "append",
+            "append",
+            "append",
+            "prefill",
+            "evict",
+            "rewind",
+            "migrate",
+            "take_rows",
+        ):
             state = verbs[name](state, new)
         if round_ == 5:
             state = verbs["clear"](state, new)
@@ -183,7 +201,9 @@ def test_layers_of_a_stack(case: Case, rng: np.random.Generator) -> None:
     states = [start(case) for _ in range(layers)]
 
     @jax.jit
-    def step(stack: CacheState, keys: Array, values: Array, query: Array) -> tuple[CacheState, jax.Array]:
+    def step(
+        stack: CacheState, keys: Array, values: Array, query: Array
+    ) -> tuple[CacheState, jax.Array]:
         def layer(stack: CacheState, xs: Any) -> tuple[CacheState, jax.Array]:
             index, key, value, query = xs
             stack = jaxkv.append(stack, key, value, layer=index)
@@ -197,12 +217,20 @@ def test_layers_of_a_stack(case: Case, rng: np.random.Generator) -> None:
         stack, outs = step(stack, keys, values, query)
         states = [append(state, keys[i], values[i]) for i, state in enumerate(states)]
     drop = np.full(case.batch_size, 2, np.int32)
-    for change in (lambda state: state, lambda state: evict(state, drop), lambda state: take_rows(state, np.array([0]))):
+    for change in (
+        lambda state: state,
+        lambda state: evict(state, drop),
+        lambda state: take_rows(state, np.array([0])),
+    ):
         changed = change(stack)
         for i, state in enumerate(states):
-            chex.assert_trees_all_equal(jax.tree.map(lambda x, i=i: x[i], gather(changed)), gather(change(state)))
+            chex.assert_trees_all_equal(
+                jax.tree.map(lambda x, i=i: x[i], gather(changed)), gather(change(state))
+            )
             chex.assert_trees_all_equal(gather(changed, layer=i), gather(change(state)))
-            chex.assert_trees_all_equal(stats(changed).tail_tokens[i], stats(change(state)).tail_tokens)
+            chex.assert_trees_all_equal(
+                stats(changed).tail_tokens[i], stats(change(state)).tail_tokens
+            )
     for i, state in enumerate(states):
         expected, bound = exact_attention(state, query[i])
         assert_within(np.abs(outs[i] - expected), bound)
@@ -222,22 +250,34 @@ def test_layers_prefill_one_by_one(rng: np.random.Generator) -> None:
         chex.assert_trees_all_close(out, expected, atol=1e-5)
 
 
-SPECS = [QuantSpec(4, 64), QuantSpec(2, 32), QuantSpec(8, 64), QuantSpec(4, 32, two_level=True), QuantSpec(4, 24), QuantSpec(4, 1024)]
+SPECS = [
+    QuantSpec(4, 64),
+    QuantSpec(2, 32),
+    QuantSpec(8, 64),
+    QuantSpec(4, 32, two_level=True),
+    QuantSpec(4, 24),
+    QuantSpec(4, 1024),
+]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.bits}_{spec.group_size}")
 def test_codes_are_the_same_in_every_program(spec: QuantSpec, rng: np.random.Generator) -> None:
-    """Op by op and fused: the same codes and scales of 4,000 groups and more. (A last bit in one of 10,000 was lost once.)"""
+    """Op by op and fused: the same codes and scales of 4,000 groups and more. (A last bit in one of
+    10,000 was lost once.)"""
     head_dim = 48 if spec.group_size == 24 else 128
     x = jnp.asarray(rng.normal(size=(1, 1024, 8, head_dim)), jnp.float32)
     quantize = functools.partial(codec.quantize, spec)
     chex.assert_trees_all_equal(jax.jit(quantize)(x), quantize(x))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(8, 64), QuantSpec(4, 32, two_level=True)], ids=["q8", "two_level"])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(8, 64), QuantSpec(4, 32, two_level=True)], ids=["q8", "two_level"]
+)
 def test_a_token_of_zeros_spoils_no_other(spec: QuantSpec, rng: np.random.Generator) -> None:
     """Small numbers beside a token, and a head, without extent keep their accuracy."""
-    config = KvCacheConfig(0, max_tokens=256, num_kv_heads=2, head_dim=64, key_quant=spec, value_quant=spec)
+    config = KvCacheConfig(
+        0, max_tokens=256, num_kv_heads=2, head_dim=64, key_quant=spec, value_quant=spec
+    )
     keys, values = (rng.normal(size=(1, 256, 2, 64)).astype(np.float32) for _ in range(2))
     values *= 1e-3
     values[:, 7], values[:, :, 1] = 0, 0

@@ -42,7 +42,11 @@ def test_clear_is_as_new(case: Case) -> None:
     """After `clear` the same tokens give the same bits as in a new cache."""
     again = clear(run(case).states[-1])
     for first, size in zip(run(case).ends, case.steps[:6], strict=False):
-        again = append(again, run(case).keys[:, first : first + size], run(case).values[:, first : first + size])
+        again = append(
+            again,
+            run(case).keys[:, first : first + size],
+            run(case).values[:, first : first + size],
+        )
     assert_same(again, run(case).states[len(case.steps[:6])])
 
 
@@ -55,7 +59,8 @@ def test_migrate_has_nothing_to_do(case: Case) -> None:
 
 @over(CASES)
 def test_evict_drops_the_oldest(case: Case, rng: np.random.Generator) -> None:
-    """evict(n) drops the n oldest tokens after the sinks; the others keep their bits, and the cache goes on."""
+    """evict(n) drops the n oldest tokens after the sinks; the others keep their bits, and the cache
+    goes on."""
     state, twin = run(case).states[-1], run(case).twins[-1]
     chain = stats(state).total_tokens - stats(state).sink_tokens
     for count in (np.zeros_like(chain), rng.integers(1, np.minimum(chain, 4) + 1), chain):
@@ -64,13 +69,16 @@ def test_evict_drops_the_oldest(case: Case, rng: np.random.Generator) -> None:
         wanted = {p: before[p] for p in (*range(min(case.config.sink_tokens, len(before))), *kept)}
         chex.assert_trees_all_equal(held(gather(fewer), row=-1), wanted)
         new = random_tokens(rng, case, 5)
-        assert_like_reference(append(fewer, *new), reference.append(reference.evict(twin, count), *new))
+        assert_like_reference(
+            append(fewer, *new), reference.append(reference.evict(twin, count), *new)
+        )
         assert_attends(fewer, random_query(rng, case))
 
 
 @over(REWINDS)
 def test_rewind_within_its_length_leaves_no_trace(case: Case, rng: np.random.Generator) -> None:
-    """append, then rewind of as many (each row its own number up to `rewind_length`) == nothing, bit for bit."""
+    """append, then rewind of as many (each row its own number up to `rewind_length`) == nothing,
+    bit for bit."""
     keys, values = random_tokens(rng, case, 60)
     most = case.config.rewind_length
     for end in range(18, 18 + 2 * case.config.step + 1):
@@ -90,8 +98,12 @@ def test_rewind_within_its_length_leaves_no_trace(case: Case, rng: np.random.Gen
 
 @over(CASES)
 def test_deep_rewind_keeps_what_is_held(case: Case, rng: np.random.Generator) -> None:
-    """Beyond its length, rewind(n) drops the n newest and nothing else; evicted tokens stay away; the cache goes on."""
-    for state, twin in ((run(case).states[3], run(case).twins[3]), (run(case).states[-1], run(case).twins[-1])):
+    """Beyond its length, rewind(n) drops the n newest and nothing else; evicted tokens stay away;
+    the cache goes on."""
+    for state, twin in (
+        (run(case).states[3], run(case).twins[3]),
+        (run(case).states[-1], run(case).twins[-1]),
+    ):
         for depth in (5, 8, int(stats(state).total_tokens.min()) - case.config.sink_tokens):
             before, end = held(gather(state), row=0), int(state.end[0])
             rewound = rewind(state, np.full(case.batch_size, depth, np.int32))
@@ -117,7 +129,9 @@ def test_take_rows(case: Case, rng: np.random.Generator) -> None:
     state = append(run(case).states[-1], keys, values, np.arange(3) + 1)
     for order in ([2, 0, 1], [1, 1, 1], [2], [0, 2, 1, 0]):
         taken = take_rows(state, np.array(order))
-        chex.assert_trees_all_equal(gather(taken), jax.tree.map(lambda x, rows=order: x[np.array(rows)], gather(state)))
+        chex.assert_trees_all_equal(
+            gather(taken), jax.tree.map(lambda x, rows=order: x[np.array(rows)], gather(state))
+        )
     forked, one = take_rows(state, np.array([1, 1, 1])), append(state, keys, values)
     forked = append(forked, keys, values)
     assert_tier_and_bits(forked, one, row=1)
@@ -134,7 +148,8 @@ def forked_newest(state: CacheState, row: int) -> Array:
 
 
 def test_evicted_neighbours_do_not_spoil_a_group() -> None:
-    """Tokens evicted before their group was quantized are still there to be quantized with it, in every tier."""
+    """Tokens evicted before their group was quantized are still there to be quantized with it, in
+    every tier."""
     case = CASES["fp32_q8_channel"]
     keys, values = random_tokens(np.random.default_rng(0), case, 30)
     state = poisoned(start(case), np.nan, -1)
@@ -143,21 +158,31 @@ def test_evicted_neighbours_do_not_spoil_a_group() -> None:
         new = keys[:, first : first + 5], values[:, first : first + 5]
         state, twin = append(state, *new), reference.append(twin, *new)
         if first == 5:
-            state, twin = evict(state, np.full(case.batch_size, 7, np.int32)), reference.evict(twin, 7)
+            state, twin = (
+                evict(state, np.full(case.batch_size, 7, np.int32)),
+                reference.evict(twin, 7),
+            )
         assert_like_reference(state, twin)
 
 
 @over({name: CASES[name] for name in ("channel_keys", "fp32_q8_channel", "rewind_channel")})
 def test_lost_neighbours_do_not_spoil_a_group(case: Case, rng: np.random.Generator) -> None:
-    """Where they are gone, overwritten by tokens that a rewind dropped since, nothing of these gets into their group."""
+    """Where they are gone, overwritten by tokens that a rewind dropped since, nothing of these gets
+    into their group."""
     keys, values = random_tokens(rng, case, 30)
     keys[:, 25:] *= 1e4
-    state, twin = extend(start(case), keys, values), reference.append(reference.init(case.config, case.batch_size), keys, values)
+    state, twin = (
+        extend(start(case), keys, values),
+        reference.append(reference.init(case.config, case.batch_size), keys, values),
+    )
     begin = int(state.begin[0])
     dropped = 6 - (begin - case.config.sink_tokens) % 4  # up to the third token of a group
     rest = 30 - begin - dropped
     state, twin = (
-        verbs[1](verbs[0](x, np.full(case.batch_size, dropped, np.int32)), np.full(case.batch_size, rest, np.int32))
+        verbs[1](
+            verbs[0](x, np.full(case.batch_size, dropped, np.int32)),
+            np.full(case.batch_size, rest, np.int32),
+        )
         for verbs, x in (((evict, rewind), state), ((reference.evict, reference.rewind), twin))
     )
     assert not state.status.any()
@@ -168,8 +193,11 @@ def test_lost_neighbours_do_not_spoil_a_group(case: Case, rng: np.random.Generat
 
 
 @over({name: CASES[name] for name in ("q4", "fp16_q4", "fp32_q8_q4", "bf16_q8_q4_batched_sinks")})
-def test_evicted_tokens_do_not_keep_a_store_from_aligning(case: Case, rng: np.random.Generator) -> None:
-    """An empty store is aligned by the first tokens that come to it, whatever was evicted before, and after `clear` anew."""
+def test_evicted_tokens_do_not_keep_a_store_from_aligning(
+    case: Case, rng: np.random.Generator
+) -> None:
+    """An empty store is aligned by the first tokens that come to it, whatever was evicted before,
+    and after `clear` anew."""
     state, twin = start(case), reference.init(case.config, case.batch_size)
     for dropped in (2, 0):
         for round_ in range(4):
@@ -190,7 +218,8 @@ def test_evicted_tokens_do_not_keep_a_store_from_aligning(case: Case, rng: np.ra
 
 
 def test_refused_rows_stay_as_they_were(rng: np.random.Generator) -> None:
-    """A count that is too large leaves its row alone and sets a bit that stays until `clear`; other rows go on."""
+    """A count that is too large leaves its row alone and sets a bit that stays until `clear`; other
+    rows go on."""
     case = CASES["fp16_q4"]
     state = extend(start(case), *random_tokens(rng, case, 10))
     for verb, bit in ((evict, Status.EVICT_TOO_MANY), (rewind, Status.REWIND_TOO_MANY)):

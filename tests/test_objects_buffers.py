@@ -1,4 +1,5 @@
-"""Aligned buffers, and the pools that lend buffers: addresses, capacities, counts, and who gives what back."""
+"""Aligned buffers, and the pools that lend buffers: addresses, capacities, counts, and who gives
+what back."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ from jaxkv.objects import (
 def test_buffer_is_aligned(capacity: int) -> None:
     """Several at a time, so that the allocator cannot be right by chance."""
     several = [AlignedBuffer.new(capacity) for _ in range(8)]
-    assert all(buffer.as_ptr() % 64 == 0 and buffer.capacity() == capacity and buffer.is_empty() for buffer in several)
+    assert all(
+        buffer.as_ptr() % 64 == 0 and buffer.capacity() == capacity and buffer.is_empty()
+        for buffer in several
+    )
 
 
 def test_jax_takes_a_buffer_without_a_copy() -> None:
@@ -162,8 +166,12 @@ def test_hits_misses_returns_drops() -> None:
     for buffer in lent:
         buffer.release()
         buffer.release()  # a second time does nothing
-    assert pool.stats() == BufferPoolStats(misses=3, returns=2, drops=1, free_buffers=(2, 0, 0, 0, 0))
-    assert pool.acquire_for_size(1000).size_class() is BufferSize.KB1  # comes back at once: nobody holds it
+    assert pool.stats() == BufferPoolStats(
+        misses=3, returns=2, drops=1, free_buffers=(2, 0, 0, 0, 0)
+    )
+    assert (
+        pool.acquire_for_size(1000).size_class() is BufferSize.KB1
+    )  # comes back at once: nobody holds it
     assert pool.stats() == BufferPoolStats(1, 3, 3, 1, (2, 0, 0, 0, 0))
     assert pool.stats().hit_rate == 0.25
 
@@ -182,7 +190,9 @@ def test_slices_keep_a_buffer_on_loan() -> None:
     pool = BufferPool()
     buffer = pool.acquire(BufferSize.KB1)
     view = buffer.as_slice_mut()
-    assert view.shape == (256,) and buffer.as_ptr() == view.ctypes.data and view.ctypes.data % 64 == 0
+    assert (
+        view.shape == (256,) and buffer.as_ptr() == view.ctypes.data and view.ctypes.data % 64 == 0
+    )
     del buffer
     gc.collect()
     assert pool.stats().returns == 0

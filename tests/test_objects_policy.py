@@ -36,7 +36,9 @@ CONFIG = KvCacheConfig(8, FP32, Q8, 32, 1, 16, 4, sink_tokens=2)
 HOT, WARM, COLD = CacheTier.HOT, CacheTier.WARM, CacheTier.COLD
 
 
-def filled(config: KvCacheConfig, count: int, rng: np.random.Generator) -> tuple[TwoTierKvCache, np.ndarray]:
+def filled(
+    config: KvCacheConfig, count: int, rng: np.random.Generator
+) -> tuple[TwoTierKvCache, np.ndarray]:
     """A cache with `count` tokens of mean 5, and those."""
     x = (5 + rng.normal(size=(count, config.num_kv_heads, config.head_dim))).astype(np.float32)
     cache = TwoTierKvCache(config)
@@ -46,7 +48,8 @@ def filled(config: KvCacheConfig, count: int, rng: np.random.Generator) -> tuple
 
 
 def errors(cache: TwoTierKvCache, x: np.ndarray) -> np.ndarray:
-    """How far each token held is from what it should be: the sinks and the newest of x, keys and values alike."""
+    """How far each token held is from what it should be: the sinks and the newest of x, keys and
+    values alike."""
     keys, values = cache.get_all_kv()
     sinks = cache.config.sink_tokens
     wanted = np.concatenate([x[:sinks], x[len(x) - len(keys) + sinks :]])
@@ -64,14 +67,19 @@ POLICIES = [
 
 @pytest.mark.parametrize(("policy", "tiers"), POLICIES, ids=str)
 @pytest.mark.parametrize("count", [20, 75])
-def test_policy_takes_effect(rng: np.random.Generator, policy: CacheQuantization, tiers: dict[CacheTier, int], count: int) -> None:
-    """Newest first, at their positions; what fits stays, what was exact and stays in a tail is exact; it can be read back."""
+def test_policy_takes_effect(
+    rng: np.random.Generator, policy: CacheQuantization, tiers: dict[CacheTier, int], count: int
+) -> None:
+    """Newest first, at their positions; what fits stays, what was exact and stays in a tail is
+    exact; it can be read back."""
     cache, x = filled(CONFIG, count, rng)
     assert cache.policy() == Hybrid(8, FP32, Q8)
     cache.update_policy(policy)
     assert cache.policy() == policy
     held, end = min(count - 2, sum(tiers.values())), np.asarray(cache._state.end)[0]
-    assert list(cache.tiers()) == list(tiers) and sum(cache.tiers().values()) == held and end == count
+    assert (
+        list(cache.tiers()) == list(tiers) and sum(cache.tiers().values()) == held and end == count
+    )
     if count == 75:
         assert cache.tiers() == tiers
     found = errors(cache, x)
@@ -85,7 +93,8 @@ def test_policy_takes_effect(rng: np.random.Generator, policy: CacheQuantization
 
 
 def test_changes_and_back(rng: np.random.Generator) -> None:
-    """Tokens in float32 pass through a wider policy unchanged; those in Q8 keep their codes' values but for rounding."""
+    """Tokens in float32 pass through a wider policy unchanged; those in Q8 keep their codes' values
+    but for rounding."""
     cache, x = filled(CONFIG, 75, rng)
     before = errors(cache, x)
     cache.update_policy(HighPrecisionTail(30, FP32))
@@ -97,7 +106,8 @@ def test_changes_and_back(rng: np.random.Generator) -> None:
 
 @pytest.mark.slow
 def test_warm_tier(rng: np.random.Generator) -> None:
-    """The configuration's warm tier stays between tail and store, and has no place where there is no hybrid."""
+    """The configuration's warm tier stays between tail and store, and has no place where there is
+    no hybrid."""
     cache, x = filled(dataclasses.replace(CONFIG, warm_length=6), 75, rng)
     assert cache.tiers() == {HOT: 8, WARM: 6, COLD: 16}
     cache.update_policy(Hybrid(4, FP32, Q4))
@@ -108,7 +118,8 @@ def test_warm_tier(rng: np.random.Generator) -> None:
 
 @pytest.mark.slow
 def test_aligned_store_learns_from_what_is_held(rng: np.random.Generator) -> None:
-    """Q4 reflects the tokens' mean away. Moved in past the wrap, it must do so as well as from the start."""
+    """Q4 reflects the tokens' mean away. Moved in past the wrap, it must do so as well as from the
+    start."""
     config = KvCacheConfig(16, FP32, Q4, 128, 1, 64)
     x = (10 * rng.normal(size=64) + rng.normal(size=(300, 1, 64))).astype(np.float32)
     fresh, moved = TwoTierKvCache(config), TwoTierKvCache(config)
@@ -121,8 +132,19 @@ def test_aligned_store_learns_from_what_is_held(rng: np.random.Generator) -> Non
 
 @pytest.mark.slow
 def test_channel_groups_cut_by_eviction(rng: np.random.Generator) -> None:
-    """The oldest tokens held are a part of a group of 8; its scale spans them alone, not zeros for those evicted."""
-    config = KvCacheConfig(4, FP32, Q4, 25, 1, 16, 8, migration=Migration.BATCHED, key_quant=QuantSpec(4, 8, axis="channel"))
+    """The oldest tokens held are a part of a group of 8; its scale spans them alone, not zeros for
+    those evicted."""
+    config = KvCacheConfig(
+        4,
+        FP32,
+        Q4,
+        25,
+        1,
+        16,
+        8,
+        migration=Migration.BATCHED,
+        key_quant=QuantSpec(4, 8, axis="channel"),
+    )
     cache, x = TwoTierKvCache(config), (5 + rng.normal(size=(42, 1, 16))).astype(np.float32)
     cache.update_policy(HighPrecisionTail(25, FP32))
     cache.append(x, -x)
@@ -131,9 +153,12 @@ def test_channel_groups_cut_by_eviction(rng: np.random.Generator) -> None:
 
 
 def test_policies_of_configurations() -> None:
-    """What a configuration amounts to, and the ratio that a store achieves: 16 bits to 8 + 2 x 16 / 16."""
+    """What a configuration amounts to, and the ratio that a store achieves: 16 bits to 8 + 2 x 16 /
+    16."""
     assert TwoTierKvCache(KvCacheConfig()).policy() == CacheQuantization.Hybrid()
-    assert TwoTierKvCache(KvCacheConfig(8, FP32, Q8, 8, 1, 16)).policy() == HighPrecisionTail(8, FP32)
+    assert TwoTierKvCache(KvCacheConfig(8, FP32, Q8, 8, 1, 16)).policy() == HighPrecisionTail(
+        8, FP32
+    )
     policy: Any = TwoTierKvCache(KvCacheConfig(0, FP32, Q8, 8, 1, 16)).policy()
     assert policy == QuantizedStore(Q8) and policy.compression_ratio == pytest.approx(1.6)
 
@@ -142,7 +167,18 @@ def test_policies_of_configurations() -> None:
 
 VALUES = [
     CONFIG,
-    KvCacheConfig(8, FP32, Q4, 40, 2, 16, 8, migration=Migration.BATCHED, key_quant=QuantSpec(4, 8, axis="channel"), window=7),
+    KvCacheConfig(
+        8,
+        FP32,
+        Q4,
+        40,
+        2,
+        16,
+        8,
+        migration=Migration.BATCHED,
+        key_quant=QuantSpec(4, 8, axis="channel"),
+        window=7,
+    ),
     HighPrecisionTail(9, FP32),
     QuantizedStore(Q8, 1.5),
     Hybrid(),
@@ -158,7 +194,10 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_round_trip_through_json(value: Any) -> None:
     data = json.loads(json.dumps(to_dict(value)))
-    for kind in {type(value), CacheQuantization if isinstance(value, CacheQuantization) else type(value)}:
+    for kind in {
+        type(value),
+        CacheQuantization if isinstance(value, CacheQuantization) else type(value),
+    }:
         found = from_dict(kind, data)
         assert found == value and type(found) is type(value)
         assert to_dict(found) == to_dict(value)

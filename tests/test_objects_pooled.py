@@ -1,4 +1,5 @@
-"""The pooled cache: its blocks come from the pool and go back on clear, on eviction and when garbage-collected."""
+"""The pooled cache: its blocks come from the pool and go back on clear, on eviction and when
+garbage-collected."""
 
 from __future__ import annotations
 
@@ -10,15 +11,26 @@ import numpy as np
 import pytest
 
 from jaxkv import KvCacheConfig
-from jaxkv.objects import BufferPool, BufferSize, KvCacheError, OutOfMemoryError, PooledKvBlock, PooledKvCache
+from jaxkv.objects import (
+    BufferPool,
+    BufferSize,
+    KvCacheError,
+    OutOfMemoryError,
+    PooledKvBlock,
+    PooledKvCache,
+)
 
-CONFIG = KvCacheConfig(tail_length=4, max_tokens=40, num_kv_heads=2, head_dim=8)  # 64 bytes a token: 16 in 1 KiB
+CONFIG = KvCacheConfig(
+    tail_length=4, max_tokens=40, num_kv_heads=2, head_dim=8
+)  # 64 bytes a token: 16 in 1 KiB
 IN_BLOCK = 16
 
 
 def tokens(count: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Keys [T, 2, 8] whose token t is first + t everywhere, and values that are their negatives."""
-    keys = np.broadcast_to(np.arange(first, first + count, dtype=np.float32)[:, None, None], (count, 2, 8))
+    keys = np.broadcast_to(
+        np.arange(first, first + count, dtype=np.float32)[:, None, None], (count, 2, 8)
+    )
     return keys, -keys
 
 
@@ -36,7 +48,12 @@ def test_tokens_come_back_in_order() -> None:
         first += count
     assert numbers(cache) == list(range(29))
     stats = cache.stats()
-    assert (stats.total_tokens, stats.block_count, stats.tokens_per_block, stats.total_bytes) == (29, 2, 2, 29 * 128)
+    assert (stats.total_tokens, stats.block_count, stats.tokens_per_block, stats.total_bytes) == (
+        29,
+        2,
+        2,
+        29 * 128,
+    )
 
 
 def test_eviction_gives_whole_blocks_back() -> None:
@@ -57,7 +74,12 @@ def test_clear_gives_all_blocks_back() -> None:
     cache.append(*tokens(40))
     cache.clear()
     stats = cache.stats()
-    assert (stats.total_tokens, stats.block_count, stats.total_bytes, stats.pool_stats.returns) == (0, 0, 0, 6)
+    assert (stats.total_tokens, stats.block_count, stats.total_bytes, stats.pool_stats.returns) == (
+        0,
+        0,
+        0,
+        6,
+    )
     assert numbers(cache) == []
 
 
@@ -119,7 +141,8 @@ def test_bad_input_changes_nothing(keys: np.ndarray, values: np.ndarray, message
 
 
 def test_failed_allocation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of three blocks, of which the second cannot be had: the first goes back, nothing is written."""
+    """A prompt of three blocks, of which the second cannot be had: the first goes back, nothing is
+    written."""
     cache = PooledKvCache.with_new_pool(CONFIG, IN_BLOCK)
     cache.append(*tokens(3))
     acquire, left = BufferPool.acquire, [2]
@@ -152,6 +175,8 @@ def test_block_takes_what_fits() -> None:
     block = PooledKvBlock.new(BufferPool(), 2, 2, 8)
     assert block is not None and block.remaining_tokens() == block.capacity_tokens() == IN_BLOCK
     assert block.append(*tokens(20)) == 16 and block.is_full() and block.append(*tokens(1)) == 0
-    assert block.keys().reshape(16, 16)[:, 5].tolist() == list(range(16)) and block.values()[-1] == -15
+    assert (
+        block.keys().reshape(16, 16)[:, 5].tolist() == list(range(16)) and block.values()[-1] == -15
+    )
     block.clear()
     assert block.token_count() == 0 and block.keys().size == 0

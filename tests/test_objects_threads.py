@@ -22,7 +22,8 @@ HEAD_DIM = 8
 
 
 def tokens(writer: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [T, 1, 8] that say who wrote them and as which, and values that say the same, negated but for a last element of 1."""
+    """Keys [T, 1, 8] that say who wrote them and as which, and values that say the same, negated
+    but for a last element of 1."""
     keys = np.zeros((count, 1, HEAD_DIM), np.float32)
     keys[..., 0], keys[:, 0, 1], keys[..., -1] = writer, np.arange(first, first + count), -1
     return keys, -keys
@@ -49,7 +50,8 @@ def by_writer(keys: Any, values: Any) -> dict[int, np.ndarray]:
 
 @pytest.mark.slow
 def test_8_writers_and_4_readers() -> None:
-    """20,000 operations: nothing lost, doubled or torn, each writer's order kept, every read one whole state."""
+    """20,000 operations: nothing lost, doubled or torn, each writer's order kept, every read one
+    whole state."""
     appends, reads, writers = 2_000, 1_000, range(1, 9)
     cache = TwoTierKvCache(exact(max_tokens=32_768, tail_length=256))
 
@@ -79,7 +81,9 @@ def test_8_writers_and_4_readers() -> None:
             else:
                 stats = cache.stats()
                 now = stats.total_tokens
-                assert now == stats.tail_tokens + stats.store_tokens and stats.tail_tokens == min(now, 256)
+                assert now == stats.tail_tokens + stats.store_tokens and stats.tail_tokens == min(
+                    now, 256
+                )
             assert now >= seen
             seen = now
 
@@ -90,7 +94,9 @@ def test_8_writers_and_4_readers() -> None:
         np.testing.assert_array_equal(line, np.arange(appends // 4 * 5))
 
 
-@pytest.mark.parametrize("kind", [TwoTierKvCache, lambda config: PooledKvCache.with_new_pool(config, 4)])
+@pytest.mark.parametrize(
+    "kind", [TwoTierKvCache, lambda config: PooledKvCache.with_new_pool(config, 4)]
+)
 def test_threads_past_the_wrap(kind: Callable[[KvCacheConfig], Any]) -> None:
     """While tokens are evicted, each writer's that are left are its newest, without a gap."""
     cache = kind(exact(max_tokens=64, tail_length=16))
@@ -152,10 +158,13 @@ print(json.dumps([cache.stats().total_tokens, sizes]))
 
 @pytest.mark.slow
 def test_memory_does_not_grow() -> None:
-    """50,000 appends, most of them past the wrap: the process stays within 5 % of its size after the first 5,000."""
+    """50,000 appends, most of them past the wrap: the process stays within 5 % of its size after
+    the first 5,000."""
     root = str(pathlib.Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run([sys.executable, "-c", APPENDS], env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", APPENDS], env=environment, capture_output=True, text=True, check=True
+    )
     held, (first, *later) = json.loads(ran.stdout)
     assert held == 1024
     assert max(later) <= 1.05 * first

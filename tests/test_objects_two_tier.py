@@ -1,4 +1,5 @@
-"""The two-tier cache as an object: what goes in comes out, errors change nothing, sizes are bucketed, attention is NumPy's."""
+"""The two-tier cache as an object: what goes in comes out, errors change nothing, sizes are
+bucketed, attention is NumPy's."""
 
 from __future__ import annotations
 
@@ -16,19 +17,33 @@ from jax.errors import JaxRuntimeError
 
 import jaxkv
 from jaxkv import KvCacheConfig, Precision
-from jaxkv.objects import AlignedBuffer, CacheTier, KvCacheError, KvMemoryPool, OutOfMemoryError, TwoTierKvCache, compiled, two_tier
+from jaxkv.objects import (
+    AlignedBuffer,
+    CacheTier,
+    KvCacheError,
+    KvMemoryPool,
+    OutOfMemoryError,
+    TwoTierKvCache,
+    compiled,
+    two_tier,
+)
 
 HEADS, HEAD_DIM = 2, 16
 CONFIG = KvCacheConfig(8, Precision.FP32, Precision.Q8, 48, HEADS, HEAD_DIM, sink_tokens=2)
 
 
-def tokens(rng: np.random.Generator, count: int, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+def tokens(
+    rng: np.random.Generator, count: int, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
     keys, values = rng.normal(size=(2, count, HEADS, HEAD_DIM)).astype(dtype)
     return keys, values
 
 
-def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, decay: Any = 0.0) -> np.ndarray:
-    """Of the newest token, query [N, H] over keys and values [T, K, H], with a rate of decay or one per head [N]."""
+def attention(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, decay: Any = 0.0
+) -> np.ndarray:
+    """Of the newest token, query [N, H] over keys and values [T, K, H], with a rate of decay or one
+    per head [N]."""
     group = len(query) // keys.shape[1]
     keys, values = (np.repeat(np.float64(x), group, axis=1) for x in (keys, values))
     age = np.arange(len(keys))[::-1]
@@ -42,14 +57,20 @@ def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: fl
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("shape", [(-1,), (-1, HEADS, HEAD_DIM)])
-def test_same_kind_and_shape_out(rng: np.random.Generator, kind: Any, shape: tuple[int, ...]) -> None:
+def test_same_kind_and_shape_out(
+    rng: np.random.Generator, kind: Any, shape: tuple[int, ...]
+) -> None:
     """NumPy or JAX, flat or [T, K, H]: all the same tokens."""
     cache, pair = TwoTierKvCache.new(CONFIG), tokens(rng, 5)
     cache.append(*(kind(x.reshape(shape)) for x in pair))
     for found, given in zip(cache.get_all_kv(), pair, strict=True):
         assert isinstance(found, jax.Array if kind is jnp.asarray else np.ndarray)
         np.testing.assert_array_equal(found, given.reshape(shape))
-    query = kind(rng.normal(size=(4, HEAD_DIM)).astype(np.float32).reshape(shape if len(shape) == 1 else (4, HEAD_DIM)))
+    query = kind(
+        rng.normal(size=(4, HEAD_DIM))
+        .astype(np.float32)
+        .reshape(shape if len(shape) == 1 else (4, HEAD_DIM))
+    )
     out = cache.attend(query)
     assert isinstance(out, type(query)) and out.shape == query.shape and out.dtype == query.dtype
 
@@ -76,8 +97,11 @@ def test_matches_the_pure_functions(rng: np.random.Generator) -> None:
     assert cache.tiers() == {CacheTier.HOT: 8, CacheTier.COLD: 38}
 
 
-def test_prompt_in_several_pieces(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An append longer than a piece is as good as one of a piece, and a failure on the way leaves nothing of it."""
+def test_prompt_in_several_pieces(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An append longer than a piece is as good as one of a piece, and a failure on the way leaves
+    nothing of it."""
     for module in (two_tier, jaxkv.objects.arrays):
         monkeypatch.setattr(module, "PIECE", 16)
     append = compiled.append
@@ -174,7 +198,9 @@ BAD_CALLS = {
     "rewind": lambda c: c.rewind(100),
     "count": lambda c: c.evict(-1),
     "policy": lambda c: c.update_policy("hybrid"),
-    "policy_size": lambda c: c.update_policy(jaxkv.objects.CacheQuantization.HighPrecisionTail(1000)),
+    "policy_size": lambda c: c.update_policy(
+        jaxkv.objects.CacheQuantization.HighPrecisionTail(1000)
+    ),
     "traced": lambda c: jax.jit(lambda x: c.append(x, x))(jnp.zeros(32)),
 }
 
@@ -193,7 +219,9 @@ def test_errors_change_nothing(rng: np.random.Generator, call: Any) -> None:
     assert cache.stats().total_tokens == 21
 
 
-def test_out_of_memory_changes_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_changes_nothing(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = TwoTierKvCache(CONFIG)
     cache.append(*tokens(rng, 20))
     with monkeypatch.context() as patch:
@@ -212,8 +240,11 @@ def test_out_of_memory_changes_nothing(rng: np.random.Generator, monkeypatch: py
 # No retrace, whatever the number of tokens per append.
 
 
-def test_few_programs_for_many_sizes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Appends of 1 to 16 tokens in any order, queries of 1 to 4, fill and wrap: a program per power of two, and none after."""
+def test_few_programs_for_many_sizes(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Appends of 1 to 16 tokens in any order, queries of 1 to 4, fill and wrap: a program per power
+    of two, and none after."""
     config = dataclasses.replace(CONFIG, max_tokens=47)  # a configuration of this test alone
     traced: list[str] = []
     for name in ("append", "attend"):
@@ -223,7 +254,9 @@ def test_few_programs_for_many_sizes(rng: np.random.Generator, monkeypatch: pyte
             traced.append(name)
             return function(*args)
 
-        monkeypatch.setattr(compiled, name, jax.jit(counted, donate_argnums=0 if name == "append" else ()))
+        monkeypatch.setattr(
+            compiled, name, jax.jit(counted, donate_argnums=0 if name == "append" else ())
+        )
     cache = TwoTierKvCache(config)
 
     def use() -> None:
@@ -272,7 +305,8 @@ def test_own_pool_is_warm() -> None:
 
 
 def test_stats_are_the_devices_bytes(rng: np.random.Generator) -> None:
-    """Per token: 2 x 32 float32 numbers in the tail; in Q8, 2 x (32 codes and two 16-bit numbers for each of two heads)."""
+    """Per token: 2 x 32 float32 numbers in the tail; in Q8, 2 x (32 codes and two 16-bit numbers
+    for each of two heads)."""
     cache = TwoTierKvCache(dataclasses.replace(CONFIG, sink_tokens=0))
     cache.append(*tokens(rng, 20))
     stats = cache.stats()
@@ -281,7 +315,10 @@ def test_stats_are_the_devices_bytes(rng: np.random.Generator) -> None:
 
 
 def test_clear_evict_rewind(rng: np.random.Generator) -> None:
-    cache, (keys, values) = TwoTierKvCache(dataclasses.replace(CONFIG, sink_tokens=0)), tokens(rng, 8)
+    cache, (keys, values) = (
+        TwoTierKvCache(dataclasses.replace(CONFIG, sink_tokens=0)),
+        tokens(rng, 8),
+    )
     cache.append(keys, values)
     cache.evict(3)
     cache.rewind(2)

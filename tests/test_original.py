@@ -1,10 +1,11 @@
 """What the original answered to random scripts (`golden/original.json`), and its own unit tests.
 
-Not compared, because wrong or simplified there: `tail_bytes` (4 bytes an element whatever the precision), stored values where they are not
-the keys (quantized with the keys' scale), attention of several heads (added into one softmax).
+Not compared, because wrong or simplified there: `tail_bytes` (4 bytes an element whatever the
+precision), stored values where they are not the keys (quantized with the keys' scale), attention of
+several heads (added into one softmax).
 
-Its heads of 4 are written twice over, as heads of 8, the least that a tier takes: range, scale and, with a query filled up with zeros,
-scores stay what they are.
+Its heads of 4 are written twice over, as heads of 8, the least that a tier takes: range, scale and,
+with a query filled up with zeros, scores stay what they are.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ LEVELS = {"q8": 255, "q4": 15, "q4k": 15}  # the original's Q4K is its Q4
 
 
 def scripts(kind: str) -> list[Any]:
-    return [pytest.param(script, id=str(script["seed"])) for script in SCRIPTS if script["kind"] == kind]
+    return [
+        pytest.param(script, id=str(script["seed"])) for script in SCRIPTS if script["kind"] == kind
+    ]
 
 
 @pytest.fixture(scope="module")
 def plain_ranges() -> Iterator[None]:
-    """Scales from a group's smallest and largest element, as the original's. Ours are searched for and lose less, in other codes."""
+    """Scales from a group's smallest and largest element, as the original's. Ours are searched for
+    and lose less, in other codes."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()
         patch.setattr(codec, "CUT", dict.fromkeys(codec.CUT, 0.0))
@@ -64,9 +68,14 @@ class Heads:
 
 
 def two_tier(config: dict[str, Any], heads: Heads) -> TwoTierKvCache:
-    spec = QuantSpec(8 if config["store_precision"] == "q8" else 4, group_size=heads.num * heads.dim * heads.copies)
+    spec = QuantSpec(
+        8 if config["store_precision"] == "q8" else 4,
+        group_size=heads.num * heads.dim * heads.copies,
+    )
     sizes = {**config, "head_dim": heads.dim * heads.copies}
-    return TwoTierKvCache(KvCacheConfig(**sizes, tail_precision=Precision.FP32, key_quant=spec, value_quant=spec))
+    return TwoTierKvCache(
+        KvCacheConfig(**sizes, tail_precision=Precision.FP32, key_quant=spec, value_quant=spec)
+    )
 
 
 def assert_stored_alike(ours: np.ndarray, theirs: np.ndarray, raw: np.ndarray, levels: int) -> None:
@@ -80,7 +89,8 @@ def assert_stored_alike(ours: np.ndarray, theirs: np.ndarray, raw: np.ndarray, l
 
 
 def stored_by_original(raw: np.ndarray, levels: int) -> np.ndarray:
-    """Tokens [T, K, H] as the original's store gives them back: one scale, in 32 bits, for all heads."""
+    """Tokens [T, K, H] as the original's store gives them back: one scale, in 32 bits, for all
+    heads."""
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
     scale = np.maximum((high - low) / np.float32(levels), np.float32(1e-8))
     return np.floor((raw - low) / scale + np.float32(0.5)) * scale + low
@@ -112,11 +122,15 @@ class Replay:
 
     def append(self, op: dict[str, Any]) -> None:
         pair = [self.heads.tokens(op[name]) for name in ("keys", "values")]
-        # Singly in two scripts of three: the same by a law of its own (test_laws), and three programs fewer to compile.
+        # Singly in two scripts of three: the same by a law of its own (test_laws), and three
+        # programs fewer to compile.
         count = 1 if self.script["seed"] % 3 else len(pair[0])
         for start in range(0, len(pair[0]), count):
             self.cache.append(*(x[start : start + count] for x in pair))
-        self.raw = [np.concatenate([old, self.heads.back(new)]) for old, new in zip(self.raw, pair, strict=True)]
+        self.raw = [
+            np.concatenate([old, self.heads.back(new)])
+            for old, new in zip(self.raw, pair, strict=True)
+        ]
 
     def clear(self, op: dict[str, Any]) -> None:
         self.cache.clear()
@@ -150,15 +164,23 @@ class Replay:
         if len(raw[0]):
             # What 16-bit scales and ties change in the tokens, they change in the output.
             query = np.float32(op["query"])
-            theirs = [np.concatenate([stored_by_original(x[:stored], self.levels), x[stored:]])[:, 0] for x in raw]
-            wanted = wanted + attention(query, ours[0][:, 0], ours[1][:, 0], op["scale"]) - attention(query, *theirs, op["scale"])
+            theirs = [
+                np.concatenate([stored_by_original(x[:stored], self.levels), x[stored:]])[:, 0]
+                for x in raw
+            ]
+            wanted = (
+                wanted
+                + attention(query, ours[0][:, 0], ours[1][:, 0], op["scale"])
+                - attention(query, *theirs, op["scale"])
+            )
         np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", scripts("two"))
 def test_two_tier_script(script: dict[str, Any], plain_ranges: None) -> None:
-    """Counts and tail exactly, the store to 0.5 % of a token's range, attention of one head to 1e-4."""
+    """Counts and tail exactly, the store to 0.5 % of a token's range, attention of one head to
+    1e-4."""
     replay = Replay(script)
     for op in script["ops"]:
         getattr(replay, op["op"])(op)
@@ -227,7 +249,8 @@ def test_pooled_kv_cache_basic() -> None:
 
 
 def test_pooled_kv_cache_multiple_blocks() -> None:
-    """A block holds what its size class holds: 16 tokens of 64 bytes in 1 KiB, though 2 were asked for."""
+    """A block holds what its size class holds: 16 tokens of 64 bytes in 1 KiB, though 2 were asked
+    for."""
     cache = PooledKvCache.with_new_pool(SMALL, 2)
     for index in range(17):
         cache.append([float(index)] * STRIDE, [2.0 * index] * STRIDE)

@@ -1,6 +1,8 @@
-"""The GPU kernel without a GPU: interpreted it equals the XLA path, it lowers for cuda, and nobody who has no GPU meets it.
+"""The GPU kernel without a GPU: interpreted it equals the XLA path, it lowers for cuda, and nobody
+who has no GPU meets it.
 
-The cases hold random words in every slot, so nothing depends on how tokens are quantized; slots of no token are poisoned.
+The cases hold random words in every slot, so nothing depends on how tokens are quantized; slots of
+no token are poisoned.
 """
 
 from __future__ import annotations
@@ -15,7 +17,18 @@ import numpy as np
 import pytest
 from lowering import KERNEL, lowered
 
-from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec, attend, codec, init, softmax, tokens
+from jaxkv import (
+    CacheState,
+    KvCacheConfig,
+    Migration,
+    Precision,
+    QuantSpec,
+    attend,
+    codec,
+    init,
+    softmax,
+    tokens,
+)
 from jaxkv.config import TierSpec
 from jaxkv.kernels import dispatch, pallas_gpu, xla
 from jaxkv.kernels.pallas_codes import side
@@ -23,7 +36,7 @@ from jaxkv.kernels.pallas_kernel import Plan, steps
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
-from jaxkv.tokens import Tokens, only
+from jaxkv.tiers.tokens import Tokens, only
 
 SMALL = pallas_gpu.Tuning(slots=32, programs=12)  # several blocks and splits in few slots
 UNIT = 2.0**-17  # of each factor: what two bfloat16 terms leave out
@@ -71,7 +84,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def held(rng: np.random.Generator, fmt: Any, case: Case, layers: int | None, empty: np.ndarray) -> Tokens:
+def held(
+    rng: np.random.Generator, fmt: Any, case: Case, layers: int | None, empty: np.ndarray
+) -> Tokens:
     """Random tokens of a tier; NaN wherever the format can hold it in the slots `empty` [B, S]."""
     lead = (len(empty),) if layers is None else (layers, len(empty))
     blank = tokens.allocate(fmt, lead, HEADS, case.capacity, case.head_dim)
@@ -85,14 +100,34 @@ def held(rng: np.random.Generator, fmt: Any, case: Case, layers: int | None, emp
     def fill(name: str) -> Any:
         array = getattr(blank, name)
         if array is None or array.dtype != jnp.float16:
-            return array if array is None else jnp.asarray(rng.integers(0, 256, array.shape), jnp.uint8).astype(array.dtype)
-        small = rng.uniform(0.5, 1.5, array.shape) * {"scale_unit": 2.0**-8, "zero_unit": 2.0**-8}.get(name, 1.0)
-        return jnp.asarray(np.where(by_slot, np.nan, small * (-1.0 if name == "zero_point" else 2.0 / 2**fmt.bits)), jnp.float16)
+            return (
+                array
+                if array is None
+                else jnp.asarray(rng.integers(0, 256, array.shape), jnp.uint8).astype(array.dtype)
+            )
+        small = rng.uniform(0.5, 1.5, array.shape) * {
+            "scale_unit": 2.0**-8,
+            "zero_unit": 2.0**-8,
+        }.get(name, 1.0)
+        return jnp.asarray(
+            np.where(
+                by_slot, np.nan, small * (-1.0 if name == "zero_point" else 2.0 / 2**fmt.bits)
+            ),
+            jnp.float16,
+        )
 
-    return Tokens(**{field.name: fill(field.name) for field in dataclasses.fields(blank) if field.name not in ("mean", "mirror")})
+    return Tokens(
+        **{
+            field.name: fill(field.name)
+            for field in dataclasses.fields(blank)
+            if field.name not in ("mean", "mirror")
+        }
+    )
 
 
-def segment(rng: np.random.Generator, case: Case, layers: int | None = None, offset: int = 0) -> Segment:
+def segment(
+    rng: np.random.Generator, case: Case, layers: int | None = None, offset: int = 0
+) -> Segment:
     """Rows that wrap around the ring, fill a part of it, and hold nothing."""
     low, high = np.array([70, 13, 9]) + offset, np.array([70 + LENGTH, 40, 9]) + offset
     slot = np.arange(case.capacity)[None]
@@ -104,15 +139,20 @@ def segment(rng: np.random.Generator, case: Case, layers: int | None = None, off
 
 
 def asked(rng: np.random.Generator, case: Case, part: Segment) -> tuple[jax.Array, jax.Array]:
-    """Queries [B, K, G * T, H], scaled, and their positions [B, T]: the row's newest, and none for the second row's last."""
-    query = rng.normal(size=(3, HEADS, case.group * case.queries, case.head_dim)) * case.head_dim**-0.5
+    """Queries [B, K, G * T, H], scaled, and their positions [B, T]: the row's newest, and none for
+    the second row's last."""
+    query = (
+        rng.normal(size=(3, HEADS, case.group * case.queries, case.head_dim)) * case.head_dim**-0.5
+    )
     position = np.asarray(part.high)[:, None] - case.queries + np.arange(case.queries)
     if case.queries > 1:
         position[1, -1] = -1
     return jnp.asarray(query, jnp.float32), jnp.asarray(position, jnp.int32)
 
 
-def portable(part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any) -> Partial:
+def portable(
+    part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any
+) -> Partial:
     newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], 2**31 - 2)
 
     def visible(key: jax.Array, row: Any) -> jax.Array:
@@ -121,7 +161,9 @@ def portable(part: Segment, query: jax.Array, position: jax.Array, scoring: Scor
     return xla.partial_attention(part, query, visible, None, newest, layer)
 
 
-def interpreted(part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any) -> Partial:
+def interpreted(
+    part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any
+) -> Partial:
     limits = dispatch.limits(position, scoring, sinks, query)
     return pallas_gpu.partial_attention(part, query, limits, layer, tuning=SMALL, interpret=True)
 
@@ -130,14 +172,20 @@ def largest(fmt: Any, array: Tokens) -> float:
     """A bound on the elements of stored tokens and on what they are made of."""
     if isinstance(fmt, Precision):
         return float(jnp.nanmax(jnp.abs(tokens.floats(array.data))))
-    scale, zero_point = (codec.widened(*pair) for pair in ((array.scale, array.scale_unit), (array.zero_point, array.zero_unit)))
+    scale, zero_point = (
+        codec.widened(*pair)
+        for pair in ((array.scale, array.scale_unit), (array.zero_point, array.zero_unit))
+    )
     assert scale is not None
     top = float(jnp.nanmax(scale)) * 2**fmt.bits
     return top if zero_point is None else top + float(jnp.nanmax(jnp.abs(zero_point)))
 
 
-def assert_close(found: Partial, wanted: Partial, case: Case, part: Segment, query: jax.Array) -> None:
-    """Errors of `UNIT` in each factor add up like a random walk; a score's error e changes outputs by 2 e of the largest value."""
+def assert_close(
+    found: Partial, wanted: Partial, case: Case, part: Segment, query: jax.Array
+) -> None:
+    """Errors of `UNIT` in each factor add up like a random walk; a score's error e changes outputs
+    by 2 e of the largest value."""
     size = 2.0 * float(jnp.abs(query).max()) * largest(case.key, part.tier.keys)
     score = 4 * UNIT * np.sqrt(case.head_dim) * size
     value = largest(case.value, part.tier.values)
@@ -149,14 +197,29 @@ def assert_close(found: Partial, wanted: Partial, case: Case, part: Segment, que
     np.testing.assert_allclose(sums[0][finite], sums[1][finite], rtol=0, atol=score + 1e-6)
 
 
-def both(part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int = 0, layer: Any = None) -> list[Any]:
+def both(
+    part: Segment,
+    query: jax.Array,
+    position: jax.Array,
+    scoring: Scoring,
+    sinks: int = 0,
+    layer: Any = None,
+) -> list[Any]:
     """The interpreted kernel's result, compiled in haste, and the XLA path's."""
 
     def compiled(function: Any, **options: Any) -> Any:
         def run(tier: Tier, low: jax.Array, high: jax.Array, *rest: Any) -> Partial:
-            return function(dataclasses.replace(part, tier=tier, low=low, high=high), *rest[:2], scoring, sinks, rest[2])
+            return function(
+                dataclasses.replace(part, tier=tier, low=low, high=high),
+                *rest[:2],
+                scoring,
+                sinks,
+                rest[2],
+            )
 
-        return jax.jit(run, compiler_options=options)(part.tier, part.low, part.high, query, position, layer)
+        return jax.jit(run, compiler_options=options)(
+            part.tier, part.low, part.high, query, position, layer
+        )
 
     return [compiled(interpreted, xla_backend_optimization_level=0), compiled(portable)]
 
@@ -177,7 +240,8 @@ def test_reads_the_layer_asked_for(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("sinks", [0, 12])
 def test_window_keeps_the_sinks(sinks: int, rng: np.random.Generator) -> None:
-    """Positions that start at an offset, a window shorter than what is held, and a segment that holds the sinks as well."""
+    """Positions that start at an offset, a window shorter than what is held, and a segment that
+    holds the sinks as well."""
     case = Case("window", QuantSpec(4, 32), QuantSpec(8, 64), 64, queries=2)
     part = segment(rng, case, offset=3)
     query, position = asked(rng, case, part)
@@ -188,17 +252,32 @@ def test_window_keeps_the_sinks(sinks: int, rng: np.random.Generator) -> None:
     found, wanted = both(part, query, position, scoring, sinks)
     assert_close(found, wanted, case, part, query)
     everything = portable(part, query, position, Scoring(), sinks, None)
-    assert not np.allclose(softmax.normalize(everything), softmax.normalize(wanted), atol=1e-3)  # the window matters here
+    assert not np.allclose(
+        softmax.normalize(everything), softmax.normalize(wanted), atol=1e-3
+    )  # the window matters here
 
 
 def test_splits_share_the_blocks_that_hold_tokens() -> None:
-    """Every block with tokens belongs to one split, those without to none, and no split has more than its share."""
+    """Every block with tokens belongs to one split, those without to none, and no split has more
+    than its share."""
     case = CASES[0]
     ranges = ((0, 0), (5, 1), (40, 64), (100, 37), (149, 2), (31, 34))
     for capacity, splits, (low, held_now) in itertools.product((64, 150), (1, 3, 7), ranges):
         sides = side(case.key, 64), side(case.value, 64)
-        plan = Plan(*sides, capacity=capacity, offset=5, rows=8, slots=16, splits=splits, windowed=False, layered=False)
-        shares = [steps(plan, jnp.int32(low + 5), jnp.int32(low + 5 + held_now), jnp.int32(i)) for i in range(splits)]
+        plan = Plan(
+            *sides,
+            capacity=capacity,
+            offset=5,
+            rows=8,
+            slots=16,
+            splits=splits,
+            windowed=False,
+            layered=False,
+        )
+        shares = [
+            steps(plan, jnp.int32(low + 5), jnp.int32(low + 5 + held_now), jnp.int32(i))
+            for i in range(splits)
+        ]
         visited = [int(step) for start, stop in shares for step in range(int(start), int(stop))]
         slots = {(low + i) % capacity for i in range(held_now)}
         blocks = {slot // 16 for slot in slots}
@@ -247,7 +326,8 @@ def test_none_chooses_by_platform(gpu: None) -> None:
 
 
 def test_without_a_gpu_nothing_changes() -> None:
-    """The programs for None and for "xla" are the same, text for text; the kernel is not even traced."""
+    """The programs for None and for "xla" are the same, text for text; the kernel is not even
+    traced."""
     texts = []
     for implementation in (None, "xla"):
         step, *arguments = attended(GPU_CONFIGS["q4"], implementation)
@@ -270,5 +350,7 @@ def test_refuses_by_name_and_says_why(gpu: None) -> None:
 
 def test_refuses_by_name_where_there_is_no_gpu() -> None:
     step, *arguments = attended(GPU_CONFIGS["q4"], "pallas")
-    with pytest.raises(ValueError, match="implementation='pallas': it runs on NVIDIA GPUs, not on cpu"):
+    with pytest.raises(
+        ValueError, match="implementation='pallas': it runs on NVIDIA GPUs, not on cpu"
+    ):
         jax.jit(step).lower(*arguments)

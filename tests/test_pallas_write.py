@@ -1,4 +1,5 @@
-"""The quantizing write without a GPU: interpreted it stores the same bits as the XLA path, and it lowers for cuda."""
+"""The quantizing write without a GPU: interpreted it stores the same bits as the XLA path, and it
+lowers for cuda."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ import pytest
 from lowering import KERNEL, lowered
 
 import jaxkv
-from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, rotation, tokens
+from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.codec import rotation
 from jaxkv.kernels import dispatch, pallas_write
-from jaxkv.tokens import Index, Tokens
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Index, Tokens
 
 HEADS, CAPACITY, NUM_NEW = 4, 12, 5
 SPECS = {
@@ -53,11 +56,17 @@ def held(rng: np.random.Generator, spec: QuantSpec, lead: tuple[int, ...]) -> To
 def test_stores_the_same_bits(name: str, layer: Index, rng: np.random.Generator) -> None:
     spec = SPECS[name]
     full = held(rng, spec, (2,) if layer is None else (3, 2))
-    new = jnp.asarray(rng.normal(size=(2, NUM_NEW, HEADS, 64)) * 10.0 ** rng.integers(-3, 3, (2, NUM_NEW, HEADS, 1)), jnp.float32)
+    new = jnp.asarray(
+        rng.normal(size=(2, NUM_NEW, HEADS, 64))
+        * 10.0 ** rng.integers(-3, 3, (2, NUM_NEW, HEADS, 1)),
+        jnp.float32,
+    )
     slots = jnp.asarray([[3, 4, 11, CAPACITY, 0], [CAPACITY, 7, CAPACITY, 2, CAPACITY]], jnp.int32)
 
     def portable(full: Tokens, new: jax.Array) -> Tokens:
-        return tokens.write(full, spec, tokens.encode(tokens.basis_of(full, spec, layer), new), slots, layer)
+        return tokens.write(
+            full, spec, tokens.encode(tokens.basis_of(full, spec, layer), new), slots, layer
+        )
 
     def kernel(full: Tokens, new: jax.Array) -> Tokens:
         return pallas_write.write(full, spec, new, slots, layer, interpret=True)
@@ -75,24 +84,45 @@ def test_refuses_what_it_cannot_write(case: tuple[Any, int, int, str]) -> None:
 
 
 @pytest.mark.parametrize("migration", Migration)
-def test_a_cache_written_by_the_kernel_is_the_same(migration: Migration, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    """Prompts, steps and evictions over several wraps, with a warm tier of 8 bits before one of 4."""
+def test_a_cache_written_by_the_kernel_is_the_same(
+    migration: Migration, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Prompts, steps and evictions over several wraps, with a warm tier of 8 bits before one of
+    4."""
     config = KvCacheConfig(
-        4, Precision.FP32, Precision.Q4, 24, 2, 32, warm_length=4, warm_precision=Precision.Q8, migration=migration, migration_batch=4
+        4,
+        Precision.FP32,
+        Precision.Q4,
+        24,
+        2,
+        32,
+        warm_length=4,
+        warm_precision=Precision.Q8,
+        migration=migration,
+        migration_batch=4,
     )
     new = jnp.asarray(rng.normal(size=(2, 60, 2, 32)), jnp.float32)
 
     def run() -> jaxkv.CacheState:
         append, state = jax.jit(lambda *args: jaxkv.append(*args)), jaxkv.init(config, 2)
         for start, size in ((0, 20), *((20 + i, 1) for i in range(30)), (50, 10)):
-            state = append(state, new[:, start : start + size], new[:, start : start + size], jnp.asarray([size, size // 2]))
+            state = append(
+                state,
+                new[:, start : start + size],
+                new[:, start : start + size],
+                jnp.asarray([size, size // 2]),
+            )
         return state
 
     expected, calls = run(), []
 
-    def interpreted(held: Tokens, fmt: Any, new: jax.Array, slots: jax.Array, layer: Index, implementation: Any) -> Tokens:
+    def interpreted(
+        held: Tokens, fmt: Any, new: jax.Array, slots: jax.Array, layer: Index, implementation: Any
+    ) -> Tokens:
         if pallas_write.refusal(fmt, *new.shape[2:]):
-            return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
+            return tokens.write(
+                held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer
+            )
         calls.append(fmt)
         return pallas_write.write(held, fmt, new, slots, layer, interpret=True)
 
@@ -109,17 +139,28 @@ def appended(config: KvCacheConfig) -> Any:
 
 @pytest.mark.parametrize("precision", ["q8", "q4", "q4k", "q2"])
 def test_append_lowers_for_cuda_with_one_kernel_a_side(precision: str, gpu: None) -> None:
-    step = appended(KvCacheConfig(16, max_tokens=4096, num_kv_heads=2, head_dim=128, store_precision=precision))
+    step = appended(
+        KvCacheConfig(16, max_tokens=4096, num_kv_heads=2, head_dim=128, store_precision=precision)
+    )
     assert lowered(*step).count(KERNEL) == 2
     assert KERNEL not in lowered(*step, platform="cpu")
     step, *rest = step
     assert KERNEL not in lowered(lambda *args: jaxkv.append(*args, implementation="xla"), *rest)
     assert (
-        lowered(jax.vmap(step), *(jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), x) for x in rest)).count(KERNEL) == 2
+        lowered(
+            jax.vmap(step),
+            *(
+                jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), x)
+                for x in rest
+            ),
+        ).count(KERNEL)
+        == 2
     )
 
 
 def test_append_lowers_for_cuda_without_the_kernel_where_it_cannot_write(gpu: None) -> None:
-    assert KERNEL not in lowered(*appended(KvCacheConfig(16, max_tokens=4096, num_kv_heads=2, head_dim=96)))
+    assert KERNEL not in lowered(
+        *appended(KvCacheConfig(16, max_tokens=4096, num_kv_heads=2, head_dim=96))
+    )
     huge = appended(KvCacheConfig(16, max_tokens=13_000_000, num_kv_heads=2, head_dim=128))
     assert KERNEL not in lowered(*huge)

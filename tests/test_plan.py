@@ -1,4 +1,5 @@
-"""What `plan` says a cache takes is what it takes; `python -m jaxkv` says so in a table and in JSON."""
+"""What `plan` says a cache takes is what it takes; `python -m jaxkv` says so in a table and in
+JSON."""
 
 from __future__ import annotations
 
@@ -37,10 +38,19 @@ HUGGING_FACE = {
 def test_bytes_are_those_of_a_real_state(config: KvCacheConfig) -> None:
     found = plan(config, num_layers=3, batch_size=2)
     state = jaxkv.init(config, 2, num_layers=3)
-    assert found.total_bytes == found.bytes_per_device == jaxkv.nbytes(state) == state_bytes(config, 3, 2)
+    assert (
+        found.total_bytes
+        == found.bytes_per_device
+        == jaxkv.nbytes(state)
+        == state_bytes(config, 3, 2)
+    )
     tiers = ([] if state.sinks is None else [state.sinks]) + list(state.tiers)
-    assert [tier.bytes for tier in found.tiers] == [sum(leaf.nbytes for leaf in jax.tree.leaves(tier)) for tier in tiers]
-    assert [tier.tokens for tier in found.tiers][-1] + sum(tier.tokens for tier in found.tiers[:-1]) == config.max_tokens
+    assert [tier.bytes for tier in found.tiers] == [
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tier)) for tier in tiers
+    ]
+    assert [tier.tokens for tier in found.tiers][-1] + sum(
+        tier.tokens for tier in found.tiers[:-1]
+    ) == config.max_tokens
     assert found.fp16_bytes == 2 * 2 * 3 * 2 * 512 * 4 * 64
 
 
@@ -48,9 +58,16 @@ def test_bytes_are_those_of_a_real_state(config: KvCacheConfig) -> None:
 def test_bytes_per_token_are_those_of_stats(config: KvCacheConfig) -> None:
     """A full row's `stats` and the plan's bytes per token agree, tier by tier."""
     found = plan(config, num_layers=1)
-    state = dataclasses.replace(jaxkv.init(config, 1), end=jax.numpy.full((1,), config.max_tokens, jax.numpy.int32))
+    state = dataclasses.replace(
+        jaxkv.init(config, 1), end=jax.numpy.full((1,), config.max_tokens, jax.numpy.int32)
+    )
     counts = jaxkv.stats(state)
-    tokens = {"sinks": counts.sink_tokens, "hot": counts.tail_tokens, "warm": counts.warm_tokens, "cold": counts.store_tokens}
+    tokens = {
+        "sinks": counts.sink_tokens,
+        "hot": counts.tail_tokens,
+        "warm": counts.warm_tokens,
+        "cold": counts.store_tokens,
+    }
     expected = float(counts.tail_bytes + counts.store_bytes)
     assert sum(tier.bytes_per_token * int(tokens[tier.name][0]) for tier in found.tiers) == expected
 
@@ -60,10 +77,17 @@ def test_a_mesh_divides_it(name: str) -> None:
     """Bytes per device are those that `shards.init` puts on each."""
     config, devices = CONFIGS[name], {"batch": 2, "heads": 2, "context": 2}
     found = plan(config, num_layers=3, batch_size=4, devices=devices)
-    mesh = jax.make_mesh((2, 2, 2), ("batch", "heads", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("batch", "heads", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     state = shards.init(config, 4, 3, mesh=mesh, axes=AXES)
     for device in mesh.devices.flat:
-        there = [shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.device == device]
+        there = [
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        ]
         assert sum(there) == found.bytes_per_device
     assert found.total_bytes == 8 * found.bytes_per_device
     assert found.devices == devices
@@ -78,10 +102,16 @@ def test_what_fits_fits(devices: dict[str, int]) -> None:
     parts, rows = devices.get("context", 1), devices.get("batch", 1)
 
     def bytes_of(tokens: int, sequences: int) -> int:
-        return plan(dataclasses.replace(config, max_tokens=tokens), 8, sequences, devices).bytes_per_device
+        return plan(
+            dataclasses.replace(config, max_tokens=tokens), 8, sequences, devices
+        ).bytes_per_device
 
     assert bytes_of(fits.tokens, 2) <= memory < bytes_of(fits.tokens + parts, 2)
-    assert bytes_of(config.max_tokens, fits.sequences) <= memory < bytes_of(config.max_tokens, fits.sequences + rows)
+    assert (
+        bytes_of(config.max_tokens, fits.sequences)
+        <= memory
+        < bytes_of(config.max_tokens, fits.sequences + rows)
+    )
     assert fits.tokens > 2 * fits.fp16_tokens
 
 
@@ -107,7 +137,9 @@ def write(folder: Path, fields: dict[str, Any]) -> Path:
 
 
 def test_hugging_face_config(tmp_path: Path) -> None:
-    assert ModelShape.from_hugging_face(write(tmp_path, HUGGING_FACE)) == ModelShape(30, 3, 64, 2048)
+    assert ModelShape.from_hugging_face(write(tmp_path, HUGGING_FACE)) == ModelShape(
+        30, 3, 64, 2048
+    )
     assert ModelShape.from_hugging_face(tmp_path / "config.json") == ModelShape(30, 3, 64, 2048)
     nested = {"text_config": {**HUGGING_FACE, "head_dim": 128, "num_key_value_heads": None}}
     assert ModelShape.from_hugging_face(write(tmp_path, nested)) == ModelShape(30, 9, 128, 2048)
@@ -122,7 +154,21 @@ def test_configs_that_say_too_little(tmp_path: Path) -> None:
 
 # The command line.
 
-FLAGS = ["--layers", "30", "--kv-heads", "3", "--head-dim", "64", "--context", "2048", "--batch", "4", "--preset", "q4_sinks", "--tail=128"]
+FLAGS = [
+    "--layers",
+    "30",
+    "--kv-heads",
+    "3",
+    "--head-dim",
+    "64",
+    "--context",
+    "2048",
+    "--batch",
+    "4",
+    "--preset",
+    "q4_sinks",
+    "--tail=128",
+]
 
 
 def expected_plan() -> Any:
@@ -171,17 +217,24 @@ def test_model_instead_of_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("plan", "give --model, or all of"),
         ("plan --layers 2 --kv-heads 2 --head-dim 64", "give --context"),
         ("plan --layers 2 --kv-heads 2 --head-dim 64 --context 512 --preset q3", "no preset 'q3'"),
-        ("plan --layers 2 --kv-heads 3 --head-dim 64 --context 512 --mesh heads=2", "num_kv_heads=3: must be a multiple"),
+        (
+            "plan --layers 2 --kv-heads 3 --head-dim 64 --context 512 --mesh heads=2",
+            "num_kv_heads=3: must be a multiple",
+        ),
         ("plan --model nowhere", "No such file"),
     ],
 )
-def test_errors_are_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--memory=lots", "--memory=3parsecs", "--mesh=heads", "--mesh=heads=two"])
+@pytest.mark.parametrize(
+    "flag", ["--memory=lots", "--memory=3parsecs", "--mesh=heads", "--mesh=heads=two"]
+)
 def test_flags_that_cannot_be_read(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", *FLAGS, flag])
@@ -189,7 +242,9 @@ def test_flags_that_cannot_be_read(flag: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "jaxkv", "plan", *FLAGS], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxkv", "plan", *FLAGS], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert human(expected_plan()[1]) in done.stdout
 
@@ -203,4 +258,8 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == {"q4", "fp16"}
     config = jaxkv.preset("q4", max_tokens=64, num_kv_heads=2, head_dim=32, tail_length=16)
     assert found["q4"]["bytes"] == jaxkv.nbytes(jaxkv.init(config))
-    assert all(np.isfinite(row[name]) and row[name] > 0 for row in found.values() for name in ("append", "attend", "both", "compile"))
+    assert all(
+        np.isfinite(row[name]) and row[name] > 0
+        for row in found.values()
+        for name in ("append", "attend", "both", "compile")
+    )

@@ -1,4 +1,5 @@
-"""The examples' quality measurement: its quick mode guards the codecs, and a long one goes on where it stopped."""
+"""The examples' quality measurement: its quick mode guards the codecs, and a long one goes on where
+it stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ def test_quick_mode_fails_on_worse_codes() -> None:
     bounds = quality.QUICK
     good = {name: {"kl": kl, "bits_per_element": bits} for name, (kl, bits) in bounds.items()}
     quality.check_quick(good)
-    for worse in ({"kl": 0.0036, "bits_per_element": 4.5}, {"kl": 0.001, "bits_per_element": 4.6}, {"kl": np.nan, "bits_per_element": 4.5}):
+    for worse in (
+        {"kl": 0.0036, "bits_per_element": 4.5},
+        {"kl": 0.001, "bits_per_element": 4.6},
+        {"kl": np.nan, "bits_per_element": 4.5},
+    ):
         with pytest.raises(SystemExit, match="Q4"):
             quality.check_quick({**good, "Q4": worse})
 
@@ -41,8 +46,22 @@ def test_results_of_another_reading_are_refused(tmp_path: pathlib.Path) -> None:
 
 def test_parts_of_different_sizes_combine_to_the_mean_over_tokens() -> None:
     parts = [
-        {"bits_per_element": 4.5, "perplexity": 22.0, "baseline_perplexity": 20.0, "kl": 0.1, "top1": 1.0, "tokens": 100},
-        {"bits_per_element": 4.5, "perplexity": 10.0, "baseline_perplexity": 10.0, "kl": 0.0, "top1": 0.5, "tokens": 300},
+        {
+            "bits_per_element": 4.5,
+            "perplexity": 22.0,
+            "baseline_perplexity": 20.0,
+            "kl": 0.1,
+            "top1": 1.0,
+            "tokens": 100,
+        },
+        {
+            "bits_per_element": 4.5,
+            "perplexity": 10.0,
+            "baseline_perplexity": 10.0,
+            "kl": 0.0,
+            "top1": 0.5,
+            "tokens": 300,
+        },
     ]
     score = quality.combine(parts)
     assert score["perplexity_increase_percent"] == pytest.approx(100 * (1.1**0.25 - 1))

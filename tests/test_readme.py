@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_quickstart_runs(capsys):
-    """The quickstart prints what 300 tokens in a tail of 256 must leave: 256 in the tail and 44 in the store."""
+    """The quickstart prints what 300 tokens in a tail of 256 must leave: 256 in the tail and 44 in
+    the store."""
     code = re.search(r"## Quickstart\n\n```python\n(.*?)```", README, re.S)
     exec(compile(code[1], "README", "exec"), {})
     assert capsys.readouterr().out.startswith("[256] [44] ")
@@ -34,7 +35,8 @@ def floors() -> dict[str, int]:
 
 
 def test_imports_go_only_to_lower_floors():
-    """A module imports from jaxkv only what stands on a lower floor (within a folder, anything without a circle)."""
+    """A module imports from jaxkv only what stands on a lower floor (within a folder, anything
+    without a circle)."""
     known = floors()
     for path in (ROOT / "jaxkv").rglob("*.py"):
         name = path.parent.name if path.parent.name != "jaxkv" else path.stem
@@ -46,4 +48,6 @@ def test_imports_go_only_to_lower_floors():
                 parts = node.module.split(".")
                 targets = parts[1:2] or [alias.name for alias in node.names]
                 for target in targets:
-                    assert target == name or known[target] < known[name], f"{path.name} imports {target}, which is not below it"
+                    assert target == name or known[target] < known[name], (
+                        f"{path.name} imports {target}, which is not below it"
+                    )

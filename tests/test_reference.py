@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from jaxkv import reference
-from jaxkv.config import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.formats import Precision, QuantSpec
 from jaxkv.reference import ReferenceState
 
 FP32, FP16, Q8, Q4 = Precision.FP32, Precision.FP16, Precision.Q8, Precision.Q4
@@ -23,7 +24,9 @@ def config(tail: int, room: int, **rest: Any) -> KvCacheConfig:
 
 def numbered(first: int, count: int) -> Array:
     """Tokens [1, count, 1, 8] whose elements are all their position."""
-    return np.broadcast_to(np.arange(first, first + count, dtype=np.float32)[:, None, None], (1, count, 1, 8))
+    return np.broadcast_to(
+        np.arange(first, first + count, dtype=np.float32)[:, None, None], (1, count, 1, 8)
+    )
 
 
 def filled(settings: KvCacheConfig, count: int) -> ReferenceState:
@@ -42,11 +45,16 @@ def positions(state: ReferenceState) -> list[int]:
 
 def layout(state: ReferenceState) -> dict[str, int]:
     names = ("sinks", "hot", "warm", "cold")
-    return {name: int(reference.counts(state, name)[0]) for name in names if reference.counts(state, name)[0]}
+    return {
+        name: int(reference.counts(state, name)[0])
+        for name in names
+        if reference.counts(state, name)[0]
+    }
 
 
 def test_asymmetric_codes() -> None:
-    """The smallest element is code 0 and the largest the highest code; the rest are rounded to even at ties."""
+    """The smallest element is code 0 and the largest the highest code; the rest are rounded to even
+    at ties."""
     groups = np.array([[-1.0, -0.5, 0.0, 2.0]], np.float32)
     codes, scale, zero_point = reference.quantize_groups(groups, bits=2, symmetric=False)
     np.testing.assert_array_equal(scale, [[1.0]])
@@ -56,15 +64,20 @@ def test_asymmetric_codes() -> None:
 
 def test_symmetric_codes() -> None:
     """The largest magnitude is the highest code, and zero is code 0."""
-    codes, scale, zero_point = reference.quantize_groups(np.array([[-3.5, 0, 1.2]], np.float32), 4, True)
+    codes, scale, zero_point = reference.quantize_groups(
+        np.array([[-3.5, 0, 1.2]], np.float32), 4, True
+    )
     np.testing.assert_array_equal(scale, [[0.5]])
     np.testing.assert_array_equal(zero_point, [[0.0]])
     np.testing.assert_array_equal(codes, [[-7, 0, 2]])
 
 
 def test_scale_is_rounded_before_the_codes() -> None:
-    """Codes are taken with the float16 scale: 2.8997 / 0.19995 rounds to 15, whereas 2.8997 / 0.2 would to 14."""
-    codes, scale, _ = reference.quantize_groups(np.array([[0, 2.8997, 3]], np.float32), 4, symmetric=False)
+    """Codes are taken with the float16 scale: 2.8997 / 0.19995 rounds to 15, whereas 2.8997 / 0.2
+    would to 14."""
+    codes, scale, _ = reference.quantize_groups(
+        np.array([[0, 2.8997, 3]], np.float32), 4, symmetric=False
+    )
     assert scale[0, 0] == np.float32(np.float16(0.2)) < 0.2
     np.testing.assert_array_equal(codes, [[0, 15, 15]])
 
@@ -91,8 +104,11 @@ def test_constant_group_is_exact(symmetric: bool, value: float) -> None:
     ],
     ids=str,
 )
-def test_error_is_at_most_half_a_step(bits: int, spec: dict[str, Any], rng: np.random.Generator) -> None:
-    """Every element, in the space of the codes, is within half a scale and what the 16-bit rounding adds."""
+def test_error_is_at_most_half_a_step(
+    bits: int, spec: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """Every element, in the space of the codes, is within half a scale and what the 16-bit rounding
+    adds."""
     full = QuantSpec(bits, **spec)
     x = (3 * rng.normal(size=(8, 2, 24)) + 1).astype(np.float32)
     none = np.zeros_like(x[0])
@@ -133,7 +149,8 @@ def test_rotation_by_hand() -> None:
 
 @pytest.mark.parametrize("head_dim", [8, 16, 64, 80, 96])
 def test_rotation_and_inverse(head_dim: int, rng: np.random.Generator) -> None:
-    """The inverse undoes the rotation, and scores of a query turned by the inverse are unchanged."""
+    """The inverse undoes the rotation, and scores of a query turned by the inverse are
+    unchanged."""
     x, query = rng.normal(size=(2, 1, 1, head_dim)).astype(np.float32)
     np.testing.assert_allclose(reference.rotate(reference.rotate(x), inverse=True), x, atol=1e-6)
     turned = np.sum(reference.rotate(x) * reference.rotate(query, inverse=True))
@@ -141,14 +158,20 @@ def test_rotation_and_inverse(head_dim: int, rng: np.random.Generator) -> None:
 
 
 def test_mirror_turns_the_mean_into_a_constant(rng: np.random.Generator) -> None:
-    """Tokens with a common component are turned so that the zero point absorbs it; lengths and products stay."""
+    """Tokens with a common component are turned so that the zero point absorbs it; lengths and
+    products stay."""
     spec = QuantSpec(4, 16, align=True)
     common = 10 * rng.normal(size=(2, 16))
-    x, query = (common + rng.normal(size=(6, 2, 16))).astype(np.float32), rng.normal(size=(6, 2, 16)).astype(np.float32)
+    x, query = (
+        (common + rng.normal(size=(6, 2, 16))).astype(np.float32),
+        rng.normal(size=(6, 2, 16)).astype(np.float32),
+    )
     mirror = reference.mirror_of(x, spec)
     turned = reference.reflect(x.mean(0, keepdims=True), mirror)
     assert turned.std(-1).max() < 0.01 * np.abs(turned).mean()
-    np.testing.assert_allclose(reference.reflect(reference.reflect(x, mirror), mirror), x, rtol=1e-5)
+    np.testing.assert_allclose(
+        reference.reflect(reference.reflect(x, mirror), mirror), x, rtol=1e-5
+    )
     products = (reference.reflect(x, mirror) * reference.reflect(query, mirror)).sum(-1)
     np.testing.assert_allclose(products, (x * query).sum(-1), atol=1e-3)
     error = np.abs(reference.represent(x, spec, mirror) - x).mean()
@@ -163,7 +186,8 @@ def test_no_mirror_changes_nothing(rng: np.random.Generator) -> None:
 
 
 def test_rows_are_aligned_by_their_first_tokens() -> None:
-    """The mirror comes from the tokens in the tail when the first of them leaves it (the very first four left out)."""
+    """The mirror comes from the tokens in the tail when the first of them leaves it (the very first
+    four left out)."""
     settings = config(6, 16, store_precision=Q4)
     tokens = np.random.default_rng(0).normal(size=(1, 12, 1, 8)).astype(np.float32)
     state = reference.append(reference.init(settings), tokens, tokens)
@@ -213,8 +237,16 @@ def test_sinks_stay() -> None:
 
 
 def test_every_tier_rounds_what_it_gets() -> None:
-    """A token passes through the formats of all tiers it has been in: float16, then 8 bits, then 2 bits."""
-    settings = config(1, 6, tail_precision=FP16, warm_length=1, key_quant=QuantSpec(2, 8), value_quant=QuantSpec(8, 8))
+    """A token passes through the formats of all tiers it has been in: float16, then 8 bits, then 2
+    bits."""
+    settings = config(
+        1,
+        6,
+        tail_precision=FP16,
+        warm_length=1,
+        key_quant=QuantSpec(2, 8),
+        value_quant=QuantSpec(8, 8),
+    )
     x = np.linspace(0.1001, 0.9003, 8, dtype=np.float32).reshape(1, 1, 1, 8)
     state = reference.append(reference.init(settings), x, x)
     chain: list[Precision | QuantSpec] = [FP16, QuantSpec(8, 8), QuantSpec(2, 8)]
@@ -228,9 +260,12 @@ def test_every_tier_rounds_what_it_gets() -> None:
 
 
 def test_channel_groups_are_quantized_whole() -> None:
-    """Four tokens that leave the tail together share a scale per channel: 4..7 are exact in 2 bits."""
+    """Four tokens that leave the tail together share a scale per channel: 4..7 are exact in 2
+    bits."""
     spec = QuantSpec(2, 4, axis="channel")
-    settings = config(2, 16, migration=Migration.BATCHED, migration_batch=4, key_quant=spec, value_quant=spec)
+    settings = config(
+        2, 16, migration=Migration.BATCHED, migration_batch=4, key_quant=spec, value_quant=spec
+    )
     state = filled(settings, 10)
     assert layout(state) == {"hot": 2, "cold": 8}
     np.testing.assert_array_equal(reference.gather(state)[0][0, :10, 0, 3], np.arange(10))
@@ -246,7 +281,8 @@ def test_ragged_append() -> None:
 
 
 def test_evict_oldest_first() -> None:
-    """Evicting empties the store, then the tail; evicted tokens do not come back, and positions go on."""
+    """Evicting empties the store, then the tail; evicted tokens do not come back, and positions go
+    on."""
     state = reference.evict(filled(config(3, 8), 8), 6)
     assert positions(state) == [6, 7]
     assert layout(state) == {"hot": 2}
@@ -258,7 +294,8 @@ def test_evict_oldest_first() -> None:
 
 
 def test_rewind_within_the_slack_is_exact() -> None:
-    """Taking back as many tokens as `rewind_length` gives the state in which they were never appended."""
+    """Taking back as many tokens as `rewind_length` gives the state in which they were never
+    appended."""
     settings = config(3, 8, warm_length=2, rewind_length=4)
     wanted = filled(settings, 17)
     state = reference.rewind(filled(settings, 21), 4)
@@ -325,7 +362,8 @@ def test_attend_is_causal_among_the_newest() -> None:
 
 
 def test_prefill_sees_the_raw_tokens() -> None:
-    """The new tokens count exactly, as before any rounding, even those that the append evicts at once."""
+    """The new tokens count exactly, as before any rounding, even those that the append evicts at
+    once."""
     settings = config(1, 2, tail_precision=FP16)
     state = filled(settings, 1)
     new = numbered(0, 3) + 0.0001
@@ -337,4 +375,6 @@ def test_prefill_sees_the_raw_tokens() -> None:
 def test_empty_attends_to_zeros() -> None:
     """No token, no output; also after everything has been evicted."""
     for state in (reference.init(config(4, 8)), reference.evict(filled(config(4, 8), 3), 3)):
-        np.testing.assert_array_equal(reference.attend(state, np.ones((1, 2, 3, 8))), np.zeros((1, 2, 3, 8)))
+        np.testing.assert_array_equal(
+            reference.attend(state, np.ones((1, 2, 3, 8))), np.zeros((1, 2, 3, 8))
+        )

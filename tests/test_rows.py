@@ -1,4 +1,5 @@
-"""On CPUs the rows of a large batch are attended one after the other: the results are the same, and nothing is copied for it.
+"""On CPUs the rows of a large batch are attended one after the other: the results are the same, and
+nothing is copied for it.
 
 Batches are made large here by blocks that hold next to nothing.
 """
@@ -23,7 +24,9 @@ from jaxkv.kernels import platform, xla
 from jaxkv.sharding import Axes
 from jaxkv.state import segments
 
-SOME = {name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
+SOME = {
+    name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")
+}
 
 BY_HEADS, DEALT = Axes(heads="core"), Axes(context="core")
 
@@ -43,7 +46,10 @@ def attend(*arguments: Any, **options: Any) -> Any:
 @over(SOME)
 def test_rows_apart_are_attended_exactly(case: Case, rng: np.random.Generator) -> None:
     keys, values = random_tokens(rng, case, 60)
-    state, lengths = extend(start(case), keys, values), np.arange(case.batch_size, dtype=np.int32) % 4
+    state, lengths = (
+        extend(start(case), keys, values),
+        np.arange(case.batch_size, dtype=np.int32) % 4,
+    )
     state = jaxkv.append(state, keys[:, :3], values[:, :3], lengths)
     query = random_query(rng, case, 3)
     expected, bound = exact_attention(state, query, lengths)
@@ -63,7 +69,12 @@ def test_rows_apart_copy_nothing(shape: str, request: pytest.FixtureRequest) -> 
     step, arguments = test_hlo.SHAPES[shape](settings, 2)
 
     def text() -> str:
-        return jax.jit(lambda *args: step(*args), donate_argnums=0).lower(*arguments).compile().as_text()
+        return (
+            jax.jit(lambda *args: step(*args), donate_argnums=0)
+            .lower(*arguments)
+            .compile()
+            .as_text()
+        )
 
     together = text()
     request.getfixturevalue("apart")
@@ -76,30 +87,53 @@ def test_rows_apart_copy_nothing(shape: str, request: pytest.FixtureRequest) -> 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_the_loop_over_rows_copies_nothing(heads: int) -> None:
     """One kv head is a case of its own: XLA copied its tier for every row."""
-    config = dataclasses.replace(test_hlo.config("three_tiers", test_hlo.SLOTS[0]), num_kv_heads=heads)
-    state, query = jax.eval_shape(lambda: jaxkv.init(config, 3)), jax.ShapeDtypeStruct((3, 1, 4, 64), np.float32)
+    config = dataclasses.replace(
+        test_hlo.config("three_tiers", test_hlo.SLOTS[0]), num_kv_heads=heads
+    )
+    state, query = (
+        jax.eval_shape(lambda: jaxkv.init(config, 3)),
+        jax.ShapeDtypeStruct((3, 1, 4, 64), np.float32),
+    )
     text = jax.jit(lambda *args: jaxkv.attend(*args)).lower(state, query).compile().as_text()
     assert not test_hlo.sized_like_the_cache(text, config)
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize(("batch", "heads", "axes"), [(1, 2, BY_HEADS), (3, 2, BY_HEADS), (3, 4, BY_HEADS), (1, 1, DEALT), (3, 1, DEALT)])
-def test_attention_of_shards_copies_nothing(batch: int, heads: int, axes: Axes, by_row: bool, request: pytest.FixtureRequest) -> None:
-    """One head, or one group of a head, to a device: XLA copied the codes, or the scales, to flatten them."""
+@pytest.mark.parametrize(
+    ("batch", "heads", "axes"),
+    [(1, 2, BY_HEADS), (3, 2, BY_HEADS), (3, 4, BY_HEADS), (1, 1, DEALT), (3, 1, DEALT)],
+)
+def test_attention_of_shards_copies_nothing(
+    batch: int, heads: int, axes: Axes, by_row: bool, request: pytest.FixtureRequest
+) -> None:
+    """One head, or one group of a head, to a device: XLA copied the codes, or the scales, to
+    flatten them."""
     if by_row:
         request.getfixturevalue("apart")
     slots = test_hlo.SLOTS[1] * (1 if axes.context is None else 2)
     config = dataclasses.replace(test_hlo.config("eager", slots), num_kv_heads=heads)
     mesh = jax.make_mesh((2,), ("core",), axis_types=(AxisType.Auto,))
-    state, query = shards.init(config, batch, mesh=mesh, axes=axes), jax.ShapeDtypeStruct((batch, 1, 4, 64), np.float32)
-    attend = jax.shard_map(lambda *args: shards.attend(*args), mesh=mesh, in_specs=(state.specs, axes.tokens), out_specs=axes.tokens)
-    assert not test_hlo.sized_like_the_cache(jax.jit(attend).lower(state, query).compile().as_text(), state.cache.config)
+    state, query = (
+        shards.init(config, batch, mesh=mesh, axes=axes),
+        jax.ShapeDtypeStruct((batch, 1, 4, 64), np.float32),
+    )
+    attend = jax.shard_map(
+        lambda *args: shards.attend(*args),
+        mesh=mesh,
+        in_specs=(state.specs, axes.tokens),
+        out_specs=axes.tokens,
+    )
+    assert not test_hlo.sized_like_the_cache(
+        jax.jit(attend).lower(state, query).compile().as_text(), state.cache.config
+    )
 
 
 @pytest.mark.parametrize("capacity", [65, 1872, 4001, 16128])
 def test_no_slot_is_looked_at_twice(capacity: int) -> None:
     """All blocks of a tier are alike, so that they cover it with next to nothing left over."""
-    part = segments(jaxkv.init(dataclasses.replace(test_hlo.config("eager", capacity), num_kv_heads=4), 1))[-1]
+    part = segments(
+        jaxkv.init(dataclasses.replace(test_hlo.config("eager", capacity), num_kv_heads=4), 1)
+    )[-1]
     assert part.spec.capacity == capacity
     size = xla._block_size(part, jax.ShapeDtypeStruct((1, 4, 2, 64), np.float32))
     blocks = -(-capacity // size)

@@ -1,6 +1,8 @@
-"""The options of attention, alone and together: `attend` == exact attention over what the cache holds, and over the raw tokens.
+"""The options of attention, alone and together: `attend` == exact attention over what the cache
+holds, and over the raw tokens.
 
-The oracle is dense: a softmax in float64 over one [N, T, S] array of scores, written out apart from both the library and its reference.
+The oracle is dense: a softmax in float64 over one [N, T, S] array of scores, written out apart from
+both the library and its reference.
 """
 
 from __future__ import annotations
@@ -29,18 +31,31 @@ gather = jit(jaxkv.gather)
 
 
 def small(name: str) -> KvCacheConfig:
-    """A preset whose store is all there is (but for the tail that groups of channels need): the other tiers are in "chain"."""
+    """A preset whose store is all there is (but for the tail that groups of channels need): the
+    other tiers are in "chain"."""
     tail = 32 if name in ("KIVI2", "Q4_BIAS") else 0
-    return jaxkv.preset(name, tail_length=tail, sink_tokens=0, max_tokens=64, num_kv_heads=K, head_dim=H)
+    return jaxkv.preset(
+        name, tail_length=tail, sink_tokens=0, max_tokens=64, num_kv_heads=K, head_dim=H
+    )
 
 
-FP32 = KvCacheConfig(tail_length=36, tail_precision=Precision.FP32, max_tokens=40, num_kv_heads=K, head_dim=H, sink_tokens=4)
-CHAIN = KvCacheConfig(tail_length=4, warm_length=8, max_tokens=40, num_kv_heads=K, head_dim=H, sink_tokens=4)
+FP32 = KvCacheConfig(
+    tail_length=36,
+    tail_precision=Precision.FP32,
+    max_tokens=40,
+    num_kv_heads=K,
+    head_dim=H,
+    sink_tokens=4,
+)
+CHAIN = KvCacheConfig(
+    tail_length=4, warm_length=8, max_tokens=40, num_kv_heads=K, head_dim=H, sink_tokens=4
+)
 CONFIGS = {"fp32": FP32, "chain": CHAIN} | {name: small(name) for name in jaxkv.PRESETS}
 
 
 def options(name: str) -> dict[str, Any]:
-    """The options of one name; of "all" together. Tables end within the positions held, and some positions are in no table."""
+    """The options of one name; of "all" together. Tables end within the positions held, and some
+    positions are in no table."""
     rng = np.random.default_rng(3)
     every: dict[str, dict[str, Any]] = {
         "window": {"window": 6},
@@ -87,20 +102,31 @@ COMBINED = ["window_sink_logits", "window_soft_cap", "window_decay_mask", "cross
 
 
 def dense(
-    keys: Array, values: Array, positions: Array, query: Array, at: Array, sinks: int, given: dict[str, Any]
+    keys: Array,
+    values: Array,
+    positions: Array,
+    query: Array,
+    at: Array,
+    sinks: int,
+    given: dict[str, Any],
 ) -> tuple[Array, Array, Array]:
-    """Attention in float64 of query [B, T, N, H] at positions [B, T] (-1: none) over tokens [B, S, K, H] at [B, S] (-1: none).
+    """Attention in float64 of query [B, T, N, H] at positions [B, T] (-1: none) over tokens [B, S,
+    K, H] at [B, S] (-1: none).
 
     Returns outputs, log-sum-exps [B, T, N] and how far outputs may be off by rounding, [B, T].
     """
     o = reference.Options(**{name: value for name, value in given.items() if name != "scale"})
     age = (at[:, :, None] - positions[:, None])[:, None]  # [B, 1, T, S]
-    seen = np.broadcast_to((positions >= 0)[:, None, None] & (at >= 0)[:, None, :, None], age.shape).copy()
+    seen = np.broadcast_to(
+        (positions >= 0)[:, None, None] & (at >= 0)[:, None, :, None], age.shape
+    ).copy()
     seen &= (age >= 0) | (not o.causal)
     if o.window is not None:
         seen &= (age < o.window) | (positions < sinks)[:, None, None]
     grouped = [np.repeat(x.astype(np.float64), N // K, axis=2) for x in (keys, values)]
-    scores = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), grouped[0]) * given.get("scale", H**-0.5)
+    scores = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), grouped[0]) * given.get(
+        "scale", H**-0.5
+    )
     scores = scores if o.soft_cap is None else o.soft_cap * np.tanh(scores / o.soft_cap)
     added = np.zeros((B, N, T, positions.shape[1]))
     added -= 0 if o.decay is None else np.broadcast_to(o.decay, N)[:, None, None] * age
@@ -108,17 +134,29 @@ def dense(
     if o.mask is not None:
         seen = seen & at_positions(o.mask, positions, True)
     scores = np.where(seen, scores + added, -np.inf)
-    logits = np.full((B, N, T, 1), -np.inf) if o.sink_logits is None else np.tile(np.asarray(o.sink_logits)[:, None, None], (B, 1, T, 1))
+    logits = (
+        np.full((B, N, T, 1), -np.inf)
+        if o.sink_logits is None
+        else np.tile(np.asarray(o.sink_logits)[:, None, None], (B, 1, T, 1))
+    )
     scores = np.concatenate([scores, logits], axis=-1)
     top = np.maximum(scores.max(-1, keepdims=True), -1e30)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    out = np.einsum("bnts,bsnh->btnh", (weights / np.where(total > 0, total, 1))[..., :-1], grouped[1])
+    out = np.einsum(
+        "bnts,bsnh->btnh", (weights / np.where(total > 0, total, 1))[..., :-1], grouped[1]
+    )
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0].swapaxes(1, 2)
-    more = 8 * CODE_UNIT * ((o.soft_cap or 0) + np.abs(np.where(seen, added, 0)).max()) * np.abs(values).max()
+    more = (
+        8
+        * CODE_UNIT
+        * ((o.soft_cap or 0) + np.abs(np.where(seen, added, 0)).max())
+        * np.abs(values).max()
+    )
     bound = [
-        [attention_bound(q, np.stack([k, v], 1), given.get("scale")) for q in row] for row, k, v in zip(query, keys, values, strict=True)
+        [attention_bound(q, np.stack([k, v], 1), given.get("scale")) for q in row]
+        for row, k, v in zip(query, keys, values, strict=True)
     ]
     return out, lse, np.array(bound) + more
 
@@ -132,7 +170,8 @@ def at_positions(table: Array, positions: Array, beyond: float | bool) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A cache after ragged appends, the raw tokens [B, S, K, H] that went in, and the twin of an fp32 cache."""
+    """A cache after ragged appends, the raw tokens [B, S, K, H] that went in, and the twin of an
+    fp32 cache."""
 
     state: CacheState
     keys: Array
@@ -171,17 +210,25 @@ def queries(size: int = T) -> Array:
 
 
 def check(name: str, given: dict[str, Any], config: KvCacheConfig | None = None) -> None:
-    """`attend` with options on a filled cache against the dense oracle, over what `gather` gives."""
+    """`attend` with options on a filled cache against the dense oracle, over what `gather`
+    gives."""
     case, query = filled(name), queries()
     state = case.state if config is None else dataclasses.replace(case.state, config=config)
     static = {key: given[key] for key in ("causal", "window", "soft_cap") if key in given}
     traced = {key: given[key] for key in given if key not in static}
     out, lse = (
-        np.asarray(x) for x in jit(functools.partial(jaxkv.attend, **static, return_lse=True))(state, query, lengths=LENGTHS, **traced)
+        np.asarray(x)
+        for x in jit(functools.partial(jaxkv.attend, **static, return_lse=True))(
+            state, query, lengths=LENGTHS, **traced
+        )
     )
     keys, values, positions = (np.asarray(x) for x in gather(case.state))
-    oracle = given if config is None or config.window is None else {"window": config.window, **given}
-    expected, expected_lse, bound = dense(keys, values, positions, query, case.queries_at, case.state.config.sink_tokens, oracle)
+    oracle = (
+        given if config is None or config.window is None else {"window": config.window, **given}
+    )
+    expected, expected_lse, bound = dense(
+        keys, values, positions, query, case.queries_at, case.state.config.sink_tokens, oracle
+    )
     assert (np.abs(out - expected) <= bound[..., None, None]).all()
     np.testing.assert_array_equal(np.isinf(lse), np.isinf(expected_lse))
     finite = np.isfinite(lse)
@@ -193,12 +240,21 @@ def test_each_option(option: str) -> None:
     check("fp32", options(option))
 
 
-@pytest.mark.parametrize("option", [pytest.param(o, marks=[pytest.mark.slow] * (o not in ("cross", "all"))) for o in COMBINED])
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(o, marks=[pytest.mark.slow] * (o not in ("cross", "all"))) for o in COMBINED],
+)
 def test_options_together(option: str) -> None:
     check("chain", options(option))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("FP16", "Q4_SINKS", "K4V2"))) for n in jaxkv.PRESETS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("FP16", "Q4_SINKS", "K4V2")))
+        for n in jaxkv.PRESETS
+    ],
+)
 def test_options_together_with_every_preset(name: str) -> None:
     check(name, options("all"))
 
@@ -212,7 +268,8 @@ def test_each_option_on_more_tiers(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("option", ["none", "window", "all"])
 def test_fp32_attends_to_the_raw_tokens(option: str) -> None:
-    """What an fp32 cache holds are the raw tokens, so attention over it is exact attention over those."""
+    """What an fp32 cache holds are the raw tokens, so attention over it is exact attention over
+    those."""
     case = filled("fp32")
     keys, values, positions = (np.asarray(x) for x in gather(case.state))
     raw = case.raw(positions)
@@ -227,11 +284,21 @@ def test_fp32_attends_to_the_raw_tokens(option: str) -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("FP16", 2e-3), ("Q8", 0.03), ("Q4", 0.3), ("Q2", 1.0)])
 def test_quantized_caches_attend_near_the_raw_tokens(name: str, most: float) -> None:
-    """With all options, outputs differ from those of raw tokens by about the error of the stored ones (unit variance here)."""
+    """With all options, outputs differ from those of raw tokens by about the error of the stored
+    ones (unit variance here)."""
     case, given = filled(name), options("window_soft_cap") | options("sink_logits")
     positions = np.asarray(gather(case.state)[2])
-    out = np.asarray(jit(lambda state: jaxkv.attend(state, queries(), lengths=LENGTHS, **given))(case.state))
-    expected, _, _ = dense(*case.raw(positions), positions, queries(), case.queries_at, case.state.config.sink_tokens, given)
+    out = np.asarray(
+        jit(lambda state: jaxkv.attend(state, queries(), lengths=LENGTHS, **given))(case.state)
+    )
+    expected, _, _ = dense(
+        *case.raw(positions),
+        positions,
+        queries(),
+        case.queries_at,
+        case.state.config.sink_tokens,
+        given,
+    )
     error = np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))
     assert error < most
 
@@ -243,7 +310,9 @@ def test_reference_has_every_option(option: str) -> None:
     assert case.twin is not None
     keys, values, positions = reference.gather(case.twin)
     out, lse = reference.attend(case.twin, queries(), lengths=LENGTHS, return_lse=True, **given)
-    expected, expected_lse, _ = dense(keys, values, positions, queries(), case.queries_at, FP32.sink_tokens, given)
+    expected, expected_lse, _ = dense(
+        keys, values, positions, queries(), case.queries_at, FP32.sink_tokens, given
+    )
     np.testing.assert_allclose(out, expected, atol=1e-12)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-12)
 
@@ -263,7 +332,9 @@ def test_window_keeps_the_sinks() -> None:
     for row in rows:
         mask[row, ..., ENDS[row] - 6 : ENDS[row]] = True
     by_mask = jit(jaxkv.attend)(case.state, queries(1), mask=mask)
-    np.testing.assert_allclose(jit(functools.partial(jaxkv.attend, window=6))(case.state, queries(1)), by_mask, atol=1e-6)
+    np.testing.assert_allclose(
+        jit(functools.partial(jaxkv.attend, window=6))(case.state, queries(1)), by_mask, atol=1e-6
+    )
 
 
 def test_window_may_be_traced() -> None:
@@ -287,31 +358,44 @@ def test_options_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts are attended block by block; every option follows its queries."""
     given = options("window_soft_cap") | options("decay") | options("sink_logits")
     rng = np.random.default_rng(5)
-    given |= {"bias": rng.normal(size=(B, N, 7, 50)).astype(np.float32), "mask": rng.random((1, N, 7, 66)) < 0.7}
+    given |= {
+        "bias": rng.normal(size=(B, N, 7, 50)).astype(np.float32),
+        "mask": rng.random((1, N, 7, 66)) < 0.7,
+    }
     lengths = np.array([7, 4, 6], np.int32)
     case = filled("fp32")
     assert case.twin is not None
     monkeypatch.setattr(sys.modules["jaxkv.attend"], "QUERY_BLOCK", 3)
     out = jit(lambda query: jaxkv.attend(case.state, query, lengths=lengths, **given))(queries(7))
-    np.testing.assert_allclose(out, reference.attend(case.twin, queries(7), lengths=lengths, **given), atol=2e-5)
+    np.testing.assert_allclose(
+        out, reference.attend(case.twin, queries(7), lengths=lengths, **given), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("option", ["all", "none"])
 def test_prefill_has_the_options(option: str) -> None:
-    """`prefill` attends with options over what was held and the raw prompt, as the twin does; then appends the same."""
+    """`prefill` attends with options over what was held and the raw prompt, as the twin does; then
+    appends the same."""
     case, given, rng = filled("fp32"), options(option), np.random.default_rng(4)
     assert case.twin is not None
     keys, values = (rng.normal(size=(B, T, K, H)).astype(np.float32) for _ in range(2))
-    prefill = jit(lambda state, keys, values: jaxkv.prefill(state, queries(), keys, values, LENGTHS, return_lse=True, **given))
+    prefill = jit(
+        lambda state, keys, values: jaxkv.prefill(
+            state, queries(), keys, values, LENGTHS, return_lse=True, **given
+        )
+    )
     state, (out, lse) = prefill(case.state, keys, values)
-    twin, (expected, expected_lse) = reference.prefill(case.twin, queries(), keys, values, LENGTHS, return_lse=True, **given)
+    twin, (expected, expected_lse) = reference.prefill(
+        case.twin, queries(), keys, values, LENGTHS, return_lse=True, **given
+    )
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
     np.testing.assert_array_equal(gather(state)[0], reference.gather(twin)[0])
 
 
 def test_cross_attention_of_one_append_and_many_queries() -> None:
-    """An encoder's tokens are appended once; any number of decoder queries see all of them, more queries than tokens too."""
+    """An encoder's tokens are appended once; any number of decoder queries see all of them, more
+    queries than tokens too."""
     rng = np.random.default_rng(2)
     keys, values = (rng.normal(size=(B, 5, K, H)).astype(np.float32) for _ in range(2))
     lengths = np.array([5, 3, 0], np.int32)
@@ -321,7 +405,9 @@ def test_cross_attention_of_one_append_and_many_queries() -> None:
     many = look(state, queries(9))
     for t in range(9):
         one = queries(9)[:, t : t + 1]
-        np.testing.assert_allclose(many[:, t : t + 1], reference.attend(twin, one, causal=False), atol=2e-5)
+        np.testing.assert_allclose(
+            many[:, t : t + 1], reference.attend(twin, one, causal=False), atol=2e-5
+        )
         np.testing.assert_allclose(look(state, one), many[:, t : t + 1], atol=1e-6)
     assert not np.asarray(many[2]).any()
 
@@ -330,7 +416,10 @@ def test_parts_merge_by_their_log_sum_exps() -> None:
     """What `return_lse` is for: attention over two caches merged into that over both."""
     rng = np.random.default_rng(1)
     keys, values = (rng.normal(size=(B, 12, K, H)).astype(np.float32) for _ in range(2))
-    parts = [append(jaxkv.init(FP32, B), keys[:, part], values[:, part]) for part in (slice(7), slice(7, 12))]
+    parts = [
+        append(jaxkv.init(FP32, B), keys[:, part], values[:, part])
+        for part in (slice(7), slice(7, 12))
+    ]
     both = append(jaxkv.init(FP32, B), keys, values)
     look = jit(functools.partial(jaxkv.attend, causal=False, return_lse=True))
     (a, lse_a), (b, lse_b) = (look(part, queries()) for part in parts)
@@ -343,7 +432,13 @@ def test_parts_merge_by_their_log_sum_exps() -> None:
 def test_empty_cache_with_every_option() -> None:
     """Nothing held: zeros, never NaN; the log-sum-exp is -inf, or that of the learned sinks."""
     state = jaxkv.init(CONFIGS["Q4"], B)
-    out, lse = jit(lambda state: jaxkv.attend(state, queries(), return_lse=True, **options("all")))(state)
+    out, lse = jit(lambda state: jaxkv.attend(state, queries(), return_lse=True, **options("all")))(
+        state
+    )
     assert not np.asarray(out).any()
-    np.testing.assert_allclose(lse, np.broadcast_to(options("all")["sink_logits"], lse.shape), rtol=1e-6)
-    assert np.isneginf(jit(functools.partial(jaxkv.attend, return_lse=True))(state, queries())[1]).all()
+    np.testing.assert_allclose(
+        lse, np.broadcast_to(options("all")["sink_logits"], lse.shape), rtol=1e-6
+    )
+    assert np.isneginf(
+        jit(functools.partial(jaxkv.attend, return_lse=True))(state, queries())[1]
+    ).all()

@@ -1,4 +1,5 @@
-"""Caches on eight simulated devices: what one device would hold and answer, without gathering the cache anywhere."""
+"""Caches on eight simulated devices: what one device would hold and answer, without gathering the
+cache anywhere."""
 
 from __future__ import annotations
 
@@ -16,16 +17,36 @@ from cases import Array, attention_bound
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxkv
-from jaxkv import CacheState, KvCacheConfig, Migration, QuantSpec, reference, sharding, shards, softmax
+from jaxkv import (
+    CacheState,
+    KvCacheConfig,
+    Migration,
+    QuantSpec,
+    reference,
+    sharding,
+    shards,
+    softmax,
+)
 from jaxkv.sharding import Axes
 from jaxkv.shards import Shards
 
 B, N, K, H = 4, 8, 4, 32
 ROWS_AND_HEADS, ALL = Axes("batch", "heads"), Axes("batch", "heads", "context")
-SIZES: dict[str, Any] = {"tail_length": 8, "max_tokens": 64, "num_kv_heads": K, "head_dim": H, "sink_tokens": 4}
+SIZES: dict[str, Any] = {
+    "tail_length": 8,
+    "max_tokens": 64,
+    "num_kv_heads": K,
+    "head_dim": H,
+    "sink_tokens": 4,
+}
 Q4 = jaxkv.preset("q4_sinks", **SIZES, rewind_length=4)
 Q4K = jaxkv.preset("q4k", **SIZES)
-CHANNEL = KvCacheConfig(**SIZES, migration=Migration.BATCHED, migration_batch=8, key_quant=QuantSpec(4, 4, axis="channel"))
+CHANNEL = KvCacheConfig(
+    **SIZES,
+    migration=Migration.BATCHED,
+    migration_batch=8,
+    key_quant=QuantSpec(4, 4, axis="channel"),
+)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 append, attend = jit(jaxkv.append), jit(jaxkv.attend)
 
@@ -33,7 +54,9 @@ append, attend = jit(jaxkv.append), jit(jaxkv.attend)
 def mesh_of(axes: Axes, kind: AxisType = AxisType.Auto) -> Mesh:
     """All eight devices: 2 x 4 for rows and heads, 2 x 2 x 2 with the context."""
     names = tuple(name for name in (axes.batch, axes.heads, axes.context) if name is not None)
-    return jax.make_mesh((2, 2, 2) if len(names) == 3 else (2, 4), names, axis_types=(kind,) * len(names))
+    return jax.make_mesh(
+        (2, 2, 2) if len(names) == 3 else (2, 4), names, axis_types=(kind,) * len(names)
+    )
 
 
 def random_tokens(seed: int, size: int = 8) -> tuple[Array, Array]:
@@ -45,7 +68,10 @@ def random_query(size: int = 3) -> Array:
     return np.random.default_rng(1).normal(size=(B, size, N, H)).astype(np.float32)
 
 
-LENGTHS = [np.array(lengths, np.int32) for lengths in ([8, 8, 8, 8], [8, 3, 0, 7], [8, 8, 8, 8], [1, 8, 5, 2])] * 3
+LENGTHS = [
+    np.array(lengths, np.int32)
+    for lengths in ([8, 8, 8, 8], [8, 3, 0, 7], [8, 8, 8, 8], [1, 8, 5, 2])
+] * 3
 
 
 def held(state: CacheState) -> Any:
@@ -64,7 +90,9 @@ def alone(config: KvCacheConfig) -> CacheState:
     return state
 
 
-@pytest.mark.parametrize("config", [Q4, pytest.param(CHANNEL, marks=pytest.mark.slow)], ids=["q4", "channel"])
+@pytest.mark.parametrize(
+    "config", [Q4, pytest.param(CHANNEL, marks=pytest.mark.slow)], ids=["q4", "channel"]
+)
 def test_a_placed_state_works_with_every_verb(config: KvCacheConfig) -> None:
     """Automatic axes: the same bits as on one device, spread as `place` did."""
     mesh = mesh_of(ROWS_AND_HEADS)
@@ -83,14 +111,21 @@ def test_a_placed_state_works_with_every_verb(config: KvCacheConfig) -> None:
 
 @pytest.mark.slow
 def test_explicit_axes() -> None:
-    """On a mesh of explicit axes a verb is wrapped in `auto_axes`, with the sharding of what it gives."""
+    """On a mesh of explicit axes a verb is wrapped in `auto_axes`, with the sharding of what it
+    gives."""
     mesh = mesh_of(ROWS_AND_HEADS, AxisType.Explicit)
     with jax.set_mesh(mesh):
         state = sharding.place(alone(Q4), mesh, ROWS_AND_HEADS)
         spread = sharding.shardings(sharding.specs(state, ROWS_AND_HEADS), mesh)
-        place = functools.partial(jax.device_put, device=jax.NamedSharding(mesh, ROWS_AND_HEADS.tokens))
-        after = jit(jax.sharding.auto_axes(jaxkv.append, out_sharding=spread))(state, *map(place, random_tokens(99)))
-        out = jit(jax.sharding.auto_axes(jaxkv.attend, out_sharding=ROWS_AND_HEADS.tokens))(after, place(random_query()))
+        place = functools.partial(
+            jax.device_put, device=jax.NamedSharding(mesh, ROWS_AND_HEADS.tokens)
+        )
+        after = jit(jax.sharding.auto_axes(jaxkv.append, out_sharding=spread))(
+            state, *map(place, random_tokens(99))
+        )
+        out = jit(jax.sharding.auto_axes(jaxkv.attend, out_sharding=ROWS_AND_HEADS.tokens))(
+            after, place(random_query())
+        )
         assert jax.typeof(out).sharding.spec == PartitionSpec("batch", None, "heads", None)
     expected = append(alone(Q4), *random_tokens(99))
     chex.assert_trees_all_equal(held(after), held(expected))
@@ -106,10 +141,17 @@ def test_shard_map_over_rows_and_heads() -> None:
     for i, lengths in enumerate(LENGTHS):
         state = verbs.append(state, *random_tokens(i), lengths)
     whole = alone(Q4)
-    for actual, expected in zip(jax.tree.leaves(state.cache.tiers), jax.tree.leaves(whole.tiers), strict=True):
+    for actual, expected in zip(
+        jax.tree.leaves(state.cache.tiers), jax.tree.leaves(whole.tiers), strict=True
+    ):
         np.testing.assert_array_equal(actual[0], expected)
-    np.testing.assert_allclose(verbs.attend(state, random_query()), attend(whole, random_query()), atol=1e-5)
-    for verb, args in ((verbs.append, (*random_tokens(0), LENGTHS[0])), (verbs.attend, (random_query(),))):
+    np.testing.assert_allclose(
+        verbs.attend(state, random_query()), attend(whole, random_query()), atol=1e-5
+    )
+    for verb, args in (
+        (verbs.append, (*random_tokens(0), LENGTHS[0])),
+        (verbs.attend, (random_query(),)),
+    ):
         assert not list(collectives(verb.lower(state, *args).compile().as_text()))
 
 
@@ -131,10 +173,15 @@ class Verbs:
         self.prefill = mapped(shards.prefill, tokens, tokens, tokens, rows, out=(specs, tokens))
         self.evict, self.rewind = mapped(shards.evict, rows), mapped(shards.rewind, rows)
         per_row = PartitionSpec(axes.batch, axes.context, axes.heads)
-        self._gather = mapped(_gathered, out=(per_row, per_row, PartitionSpec(axes.batch, axes.context)))
+        self._gather = mapped(
+            _gathered, out=(per_row, per_row, PartitionSpec(axes.batch, axes.context))
+        )
         options = {"window": 20, "soft_cap": 5.0, "decay": 0.05, "return_lse": True}
         with_options = functools.partial(shards.attend, **options)
-        self.options, self.attend_with_options = options, mapped(with_options, tokens, out=(tokens, tokens))
+        self.options, self.attend_with_options = (
+            options,
+            mapped(with_options, tokens, out=(tokens, tokens)),
+        )
 
     def held(self, state: Shards, row: int) -> dict[int, Array]:
         """Key and value [2, K, H] of all positions that a row has on any device."""
@@ -166,7 +213,8 @@ def dealt(config: KvCacheConfig) -> tuple[Shards, Verbs]:
 
 
 def exact(state: Shards, verbs: Verbs, query: Array, **given: Any) -> tuple[Array, Array, float]:
-    """Attention in float64 over what the devices hold together; log-sum-exps; the rounding allowed."""
+    """Attention in float64 over what the devices hold together; log-sum-exps; the rounding
+    allowed."""
     options = reference.Options(**given)
     out, lse, bound = np.zeros(query.shape), np.zeros(query.shape[:3]), 0.0
     sinks = state.cache.config.sink_tokens * 2
@@ -177,14 +225,20 @@ def exact(state: Shards, verbs: Verbs, query: Array, **given: Any) -> tuple[Arra
             seen = [p for p in tokens if options.sees(at, p, sinks)]
             pairs = np.array([tokens[p] for p in seen])
             added = options.added(row, t, at, seen, N)
-            out[row, t], lse[row, t] = reference.attention_and_lse(query[row, t], pairs, None, added, options)
+            out[row, t], lse[row, t] = reference.attention_and_lse(
+                query[row, t], pairs, None, added, options
+            )
             bound = max(bound, attention_bound(query[row, t], pairs))
     return out, lse, bound
 
 
-@pytest.mark.parametrize("config", [Q4, pytest.param(Q4K, marks=pytest.mark.slow), pytest.param(CHANNEL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "config",
+    [Q4, pytest.param(Q4K, marks=pytest.mark.slow), pytest.param(CHANNEL, marks=pytest.mark.slow)],
+)
 def test_context_parallel_attention(config: KvCacheConfig) -> None:
-    """Positions dealt out over devices: together they hold what one would, and attend to all of it."""
+    """Positions dealt out over devices: together they hold what one would, and attend to all of
+    it."""
     state, verbs = dealt(config)
     ends = np.sum(LENGTHS, axis=0)
     np.testing.assert_array_equal(state.end, ends)
@@ -198,7 +252,8 @@ def test_context_parallel_attention(config: KvCacheConfig) -> None:
 
 @pytest.mark.parametrize("gathered", [softmax.GATHERED, 0])
 def test_context_parallel_options(gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows, caps and decays count whole positions, not a device's own; sinks are all devices' sinks. Merged in one exchange or two."""
+    """Windows, caps and decays count whole positions, not a device's own; sinks are all devices'
+    sinks. Merged in one exchange or two."""
     monkeypatch.setattr(softmax, "GATHERED", gathered)
     state, _ = dealt(Q4)
     verbs = Verbs(mesh_of(ALL), state)
@@ -216,13 +271,21 @@ def test_context_parallel_prefill() -> None:
     lengths = np.array([8, 5, 0, 1], np.int32)
     query = np.random.default_rng(3).normal(size=(B, 8, N, H)).astype(np.float32)
     after, out = verbs.prefill(state, query, keys, values, lengths)
-    chex.assert_trees_all_equal(jax.device_get(after), jax.device_get(verbs.append(state, keys, values, lengths)))
+    chex.assert_trees_all_equal(
+        jax.device_get(after), jax.device_get(verbs.append(state, keys, values, lengths))
+    )
     for row in range(B):
         before, end = verbs.held(state, row), int(state.end[row])
         for t in range(8):
-            raw = {end + i: np.stack([keys[row, i], values[row, i]]) for i in range(t + 1)} if t < lengths[row] else {}
+            raw = (
+                {end + i: np.stack([keys[row, i], values[row, i]]) for i in range(t + 1)}
+                if t < lengths[row]
+                else {}
+            )
             seen = np.array(list((before | raw).values())) if raw else np.zeros((0, 2, K, H))
-            np.testing.assert_allclose(out[row, t], reference.exact_attention(query[row, t], seen), atol=2e-5)
+            np.testing.assert_allclose(
+                out[row, t], reference.exact_attention(query[row, t], seen), atol=2e-5
+            )
 
 
 def test_context_parallel_evict_and_rewind() -> None:
@@ -233,8 +296,13 @@ def test_context_parallel_evict_and_rewind() -> None:
     fewer = verbs.evict(state, np.array([5, 0, 1, 1000], np.int32))
     for row, count in enumerate([5, 0, 1, 0]):
         assert list(verbs.held(fewer, row)) == before[row][:4] + before[row][4 + count :]
-    np.testing.assert_array_equal(np.asarray(fewer.cache.status).max(0) != 0, [False, False, False, True])
-    back = verbs.rewind(verbs.append(state, *random_tokens(5), np.full(B, 4, np.int32)), np.array([4, 4, 4, 2], np.int32))
+    np.testing.assert_array_equal(
+        np.asarray(fewer.cache.status).max(0) != 0, [False, False, False, True]
+    )
+    back = verbs.rewind(
+        verbs.append(state, *random_tokens(5), np.full(B, 4, np.int32)),
+        np.array([4, 4, 4, 2], np.int32),
+    )
     np.testing.assert_array_equal(back.end - ends, [0, 0, 0, 2])
     for row in range(3):
         chex.assert_trees_all_equal(verbs.held(back, row), verbs.held(state, row))
@@ -243,14 +311,20 @@ def test_context_parallel_evict_and_rewind() -> None:
 def collectives(text: str) -> Iterator[tuple[str, int]]:
     """Kind and number of elements of every communication in a compiled program."""
     for line in text.splitlines():
-        if found := re.search(r" = (.*?) (all-[a-z-]+|collective-[a-z-]+|reduce-scatter)(?:-start)?\(", line):
+        if found := re.search(
+            r" = (.*?) (all-[a-z-]+|collective-[a-z-]+|reduce-scatter)(?:-start)?\(", line
+        ):
             sizes = re.findall(r"\[([\d,]*)\]", found[1])
-            yield found[2], sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
+            yield (
+                found[2],
+                sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes),
+            )
 
 
 @pytest.mark.parametrize("gathered", [softmax.GATHERED, 0])
 def test_only_partial_results_travel(gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the compiled program: both devices' partial outputs at once; or, if large, a maximum and a sum. Nothing of the cache."""
+    """In the compiled program: both devices' partial outputs at once; or, if large, a maximum and a
+    sum. Nothing of the cache."""
     monkeypatch.setattr(softmax, "GATHERED", gathered)
     state, _ = dealt(Q4)
     verbs, query = Verbs(mesh_of(ALL), state), random_query(1)
@@ -259,7 +333,9 @@ def test_only_partial_results_travel(gathered: int, monkeypatch: pytest.MonkeyPa
     rows = (B // 2) * (N // 2)  # of one device
     expected = [2 * rows * (H + 2)] if gathered else [rows, rows * (1 + H)]
     assert found == [("all-reduce", size) for size in expected]
-    assert not list(collectives(verbs.append.lower(state, *random_tokens(0), LENGTHS[0]).compile().as_text()))
+    assert not list(
+        collectives(verbs.append.lower(state, *random_tokens(0), LENGTHS[0]).compile().as_text())
+    )
 
 
 @pytest.mark.slow
@@ -280,8 +356,16 @@ def test_placed_states_are_not_gathered() -> None:
 @pytest.mark.parametrize(
     ("fields", "axes", "message"),
     [
-        ({"num_kv_heads": 3}, ROWS_AND_HEADS, "num_kv_heads=3: must be a multiple of the 4 devices of mesh axis 'heads'"),
-        ({"tail_length": 7}, ALL, "tail_length=7: must be a multiple of the 2 devices of mesh axis 'context'"),
+        (
+            {"num_kv_heads": 3},
+            ROWS_AND_HEADS,
+            "num_kv_heads=3: must be a multiple of the 4 devices of mesh axis 'heads'",
+        ),
+        (
+            {"tail_length": 7},
+            ALL,
+            "tail_length=7: must be a multiple of the 2 devices of mesh axis 'context'",
+        ),
         ({"key_quant": QuantSpec(4, K * H)}, ROWS_AND_HEADS, "cannot be split by heads"),
         ({}, Axes("rows"), "axis 'rows': the mesh has axes"),
     ],

@@ -1,4 +1,5 @@
-"""Caches on disk: what was saved goes on bit for bit; whatever is not a whole file of the right kind is refused, and nothing changes."""
+"""Caches on disk: what was saved goes on bit for bit; whatever is not a whole file of the right
+kind is refused, and nothing changes."""
 
 from __future__ import annotations
 
@@ -24,10 +25,24 @@ from jaxkv.storage import StorageError, load, save
 B, K, H = 2, 2, 32
 SMALL: dict[str, Any] = {"max_tokens": 96, "num_kv_heads": K, "head_dim": H}
 CONFIGS = {
-    name: jaxkv.preset(name, **SMALL, **({} if name == "KIVI2" else {"sink_tokens": 4}), tail_length=32) for name in jaxkv.PRESETS
+    name: jaxkv.preset(
+        name, **SMALL, **({} if name == "KIVI2" else {"sink_tokens": 4}), tail_length=32
+    )
+    for name in jaxkv.PRESETS
 } | {
-    "bf16_chain": KvCacheConfig(8, "bf16", max_tokens=48, num_kv_heads=K, head_dim=H, warm_length=8, sink_tokens=2, rewind_length=3),
-    "centred": KvCacheConfig(4, max_tokens=24, num_kv_heads=K, head_dim=H, key_quant=QuantSpec(4, center=True)),
+    "bf16_chain": KvCacheConfig(
+        8,
+        "bf16",
+        max_tokens=48,
+        num_kv_heads=K,
+        head_dim=H,
+        warm_length=8,
+        sink_tokens=2,
+        rewind_length=3,
+    ),
+    "centred": KvCacheConfig(
+        4, max_tokens=24, num_kv_heads=K, head_dim=H, key_quant=QuantSpec(4, center=True)
+    ),
 }
 QUICK = ("Q4_SINKS", "Q4K", "KIVI2", "bf16_chain", "centred")  # the other presets are slow
 STEPS = {"not_full": 3, "wrapped": 14}  # appends of 8 tokens
@@ -45,7 +60,9 @@ def tokens(seed: int, size: int = 8) -> tuple[Array, Array]:
 @functools.cache
 def filled(name: str, steps: int) -> CacheState:
     """Rows of different lengths."""
-    state = jaxkv.init(CONFIGS[name], B, key_mean=np.full((K, H), 0.5, np.float32) if name == "centred" else None)
+    state = jaxkv.init(
+        CONFIGS[name], B, key_mean=np.full((K, H), 0.5, np.float32) if name == "centred" else None
+    )
     for i in range(steps):
         state = append(state, *tokens(i), np.array([8, 5], np.int32))
     return state
@@ -57,7 +74,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CONFIGS]
+)
 def test_loaded_caches_go_on_bit_for_bit(name: str, steps: int, path: Path) -> None:
     state = filled(name, steps)
     save(path, state)
@@ -76,7 +95,9 @@ def test_prompt_cache_of_a_rewound_state(path: Path) -> None:
     back = rewind(state, np.int32(2))
     save(path, back)
     chex.assert_trees_all_equal(load(path), back)
-    chex.assert_trees_all_equal(gather(rewind(load(path), np.int32(1))), gather(rewind(state, np.int32(3))))
+    chex.assert_trees_all_equal(
+        gather(rewind(load(path), np.int32(1))), gather(rewind(state, np.int32(3)))
+    )
 
 
 def test_status_and_layers_are_saved(path: Path) -> None:
@@ -95,11 +116,14 @@ def test_status_and_layers_are_saved(path: Path) -> None:
 def test_one_row_or_some(rows: Any, mmap: bool, path: Path) -> None:
     state = filled("Q4_SINKS", 14)
     save(path, state)
-    chex.assert_trees_all_equal(load(path, rows=rows, mmap=mmap), jaxkv.take_rows(state, np.atleast_1d(rows)))
+    chex.assert_trees_all_equal(
+        load(path, rows=rows, mmap=mmap), jaxkv.take_rows(state, np.atleast_1d(rows))
+    )
 
 
 def test_short_caches_take_little_room(path: Path) -> None:
-    """Slots that have never been written are not saved, so a prompt's file is as long as the prompt."""
+    """Slots that have never been written are not saved, so a prompt's file is as long as the
+    prompt."""
     config = jaxkv.preset("q4", max_tokens=8192, num_kv_heads=K, head_dim=H, tail_length=8)
     state = append(jaxkv.init(config, B), *tokens(0))
     save(path, state)
@@ -127,7 +151,11 @@ def refuses(path: Path, message: str, **kwargs: Any) -> None:
 def test_files_cut_short(path: Path) -> None:
     save(path, filled("bf16_chain", 3))
     whole = path.read_bytes()
-    lengths = {*range(64), *range(64, len(whole), len(whole) // 97), *range(len(whole) - 8, len(whole))}
+    lengths = {
+        *range(64),
+        *range(64, len(whole), len(whole) // 97),
+        *range(len(whole) - 8, len(whole)),
+    }
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
         refuses(path, "is cut short|cut short or altered")
@@ -140,7 +168,12 @@ def test_altered_bytes(path: Path, rng: np.random.Generator) -> None:
     save(path, filled("bf16_chain", 3))
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for place in [*range(8), *rng.integers(8, header, 60), *rng.integers(header, len(whole), 60), len(whole) - 1]:
+    for place in [
+        *range(8),
+        *rng.integers(8, header, 60),
+        *rng.integers(header, len(whole), 60),
+        len(whole) - 1,
+    ]:
         altered = bytearray(whole)
         altered[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(altered)
@@ -163,8 +196,11 @@ def test_other_configs(path: Path) -> None:
         load(path, rows=[2])
 
 
-def test_chains_that_this_version_would_choose_otherwise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config alone does not say how codes are to be read; a file whose formats differ is refused."""
+def test_chains_that_this_version_would_choose_otherwise(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config alone does not say how codes are to be read; a file whose formats differ is
+    refused."""
     description = storage._description
 
     def other(state: CacheState) -> dict[str, Any]:
@@ -191,7 +227,9 @@ def test_other_files(path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["save_file", "replace", "fsync"])
-def test_failed_saves_leave_the_old_file(place: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_saves_leave_the_old_file(
+    place: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(path, filled("Q4", 3))
 
     def fail(*_: Any, **__: Any) -> None:
@@ -248,9 +286,16 @@ print(torn, refused)
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
-    """Killed 50 times while it saves, a process leaves a whole file each time; what it left half written is refused."""
+    """Killed 50 times while it saves, a process leaves a whole file each time; what it left half
+    written is refused."""
     command = [sys.executable, "-c", SAVE_AND_KILL, str(tmp_path), "50"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr
     torn, refused = map(int, done.stdout.split())
     assert torn >= 10  # that many kills were in the middle
@@ -261,7 +306,8 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
 
 
 def test_orbax_keeps_a_sharded_state(tmp_path: Path) -> None:
-    """A state spread over devices is a pytree of arrays; Orbax saves each shard and restores it in its place."""
+    """A state spread over devices is a pytree of arrays; Orbax saves each shard and restores it in
+    its place."""
     checkpoint = pytest.importorskip("orbax.checkpoint")
     from jax.sharding import Mesh
 
@@ -270,12 +316,16 @@ def test_orbax_keeps_a_sharded_state(tmp_path: Path) -> None:
     axes = sharding.Axes(batch="batch", heads="heads")
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "heads"))
     state = sharding.place(filled("Q4_SINKS", 14), mesh, axes)
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
     with checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", wanted)
     chex.assert_trees_all_equal(restored, state)
-    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(
+        lambda leaf: leaf.sharding, state
+    )
     save(tmp_path / "one", state)  # on one host a file will do
     chex.assert_trees_all_equal(load(tmp_path / "one"), filled("Q4_SINKS", 14))

@@ -1,6 +1,7 @@
 """Any sequence of verbs leaves the cache as its NumPy twin has it: 2,000 random sequences.
 
-Shapes are fixed and verbs compiled once per configuration; an example then takes some 30 ms, most of it in the twin.
+Shapes are fixed and verbs compiled once per configuration; an example then takes some 30 ms, most
+of it in the twin.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from cases import CASES, Array, Case, accumulate, attention_bound, norms, random_query, random_tokens, tie_bound
+from cases import (
+    CASES,
+    Array,
+    Case,
+    accumulate,
+    attention_bound,
+    norms,
+    random_query,
+    random_tokens,
+    tie_bound,
+)
 
 import jaxkv
 from jaxkv import CacheState, reference, storage
@@ -41,7 +52,11 @@ take_rows, clear, migrate = jit(jaxkv.take_rows), jit(jaxkv.clear), jit(jaxkv.mi
 
 @jit
 def look(state: CacheState, query: Array, lengths: Array) -> Any:
-    return jaxkv.gather(state), jaxkv.stats(state), jaxkv.attend(state, query, lengths=lengths, return_lse=True, **OPTIONS)
+    return (
+        jaxkv.gather(state),
+        jaxkv.stats(state),
+        jaxkv.attend(state, query, lengths=lengths, return_lse=True, **OPTIONS),
+    )
 
 
 def counts(most: int) -> st.SearchStrategy[Any]:
@@ -65,7 +80,8 @@ STEPS = st.lists(
 
 @dataclasses.dataclass
 class Pair:
-    """A state and its twin, changed together; which rows have refused something; the rows' newest tokens given at once."""
+    """A state and its twin, changed together; which rows have refused something; the rows' newest
+    tokens given at once."""
 
     case: Case
     state: CacheState
@@ -75,12 +91,17 @@ class Pair:
 
     def append(self, lengths: Array, rng: np.random.Generator) -> None:
         keys, values = (x[:B] for x in random_tokens(rng, self.case, T))
-        self.state, self.twin = append(self.state, keys, values, lengths), reference.append(self.twin, keys, values, lengths)
+        self.state, self.twin = (
+            append(self.state, keys, values, lengths),
+            reference.append(self.twin, keys, values, lengths),
+        )
         self.last = lengths
 
     def drop(self, verb: str, numbers: Array) -> None:
         """evict or rewind; a row whose number the twin refuses is to stay as it was."""
-        ours, theirs = {"evict": (evict, reference.evict), "rewind": (rewind, reference.rewind)}[verb]
+        ours, theirs = {"evict": (evict, reference.evict), "rewind": (rewind, reference.rewind)}[
+            verb
+        ]
         self.state, allowed = ours(self.state, numbers), numbers.copy()
         for b in range(B):
             try:
@@ -90,7 +111,10 @@ class Pair:
         self.twin, self.last = theirs(self.twin, allowed), np.ones(B, np.int32)
 
     def take_rows(self, rows: Array) -> None:
-        self.state, self.twin = take_rows(self.state, rows), reference.take_rows(self.twin, list(rows))
+        self.state, self.twin = (
+            take_rows(self.state, rows),
+            reference.take_rows(self.twin, list(rows)),
+        )
         self.refused, self.last = self.refused[rows], self.last[rows]
 
     def clear(self) -> None:
@@ -98,28 +122,56 @@ class Pair:
         self.refused, self.last = np.zeros(B, bool), np.ones(B, np.int32)
 
     def check(self, rng: np.random.Generator) -> None:
-        """The same positions in the same tiers, the same tokens but for rounding ties; attention with options is exact over them."""
+        """The same positions in the same tiers, the same tokens but for rounding ties; attention
+        with options is exact over them."""
         query = random_query(rng, self.case, T)[:B]
         found, tokens, (out, lse) = jax.tree.map(np.asarray, look(self.state, query, self.last))
         np.testing.assert_array_equal(self.state.status != 0, self.refused)
         np.testing.assert_array_equal(found[2], reference.gather(self.twin)[2])
-        for theirs, ours in {"total": "total", "hot": "tail", "cold": "store", "sinks": "sink", "warm": "warm"}.items():
-            np.testing.assert_array_equal(getattr(tokens, f"{ours}_tokens"), reference.counts(self.twin, theirs), ours)
+        for theirs, ours in {
+            "total": "total",
+            "hot": "tail",
+            "cold": "store",
+            "sinks": "sink",
+            "warm": "warm",
+        }.items():
+            np.testing.assert_array_equal(
+                getattr(tokens, f"{ours}_tokens"), reference.counts(self.twin, theirs), ours
+            )
         for row in range(B):
-            held = {int(p): np.stack([found[0][row, i], found[1][row, i]]) for i, p in enumerate(found[2][row]) if p >= 0}
+            held = {
+                int(p): np.stack([found[0][row, i], found[1][row, i]])
+                for i, p in enumerate(found[2][row])
+                if p >= 0
+            }
             expected, bounds = reference.held(self.twin, row), accumulate(self.twin, row, tie_bound)
             assert all((norms(pair - expected[p]) <= bounds[p]).all() for p, pair in held.items())
             self.check_attention(row, held, query[row], out[row], lse[row])
 
-    def check_attention(self, row: int, held: dict[int, Array], query: Array, out: Array, lse: Array) -> None:
-        options, end, config = reference.Options(**OPTIONS), self.twin.rows[row].end, self.case.config
+    def check_attention(
+        self, row: int, held: dict[int, Array], query: Array, out: Array, lse: Array
+    ) -> None:
+        options, end, config = (
+            reference.Options(**OPTIONS),
+            self.twin.rows[row].end,
+            self.case.config,
+        )
         for t in range(T):
             at = end - int(self.last[row]) + t
-            seen = [p for p in held if t < self.last[row] and options.sees(at, p, config.sink_tokens)]
-            pairs, added = np.array([held[p] for p in seen]), options.added(row, t, at, seen, len(query[t]))
-            expected, expected_lse = reference.attention_and_lse(query[t], pairs, None, added, options)
+            seen = [
+                p for p in held if t < self.last[row] and options.sees(at, p, config.sink_tokens)
+            ]
+            pairs, added = (
+                np.array([held[p] for p in seen]),
+                options.added(row, t, at, seen, len(query[t])),
+            )
+            expected, expected_lse = reference.attention_and_lse(
+                query[t], pairs, None, added, options
+            )
             # The cap and the decay are of the size of a few units: 1e-5 is for their rounding.
-            assert np.abs(out[t] - expected).max() <= attention_bound(query[t], pairs) + 1e-5 * np.abs(pairs).max(initial=0)
+            assert np.abs(out[t] - expected).max() <= attention_bound(
+                query[t], pairs
+            ) + 1e-5 * np.abs(pairs).max(initial=0)
             np.testing.assert_allclose(lse[t], expected_lse, atol=1e-4)
 
 
@@ -140,7 +192,9 @@ def test_sequences_of_verbs(name: str, tmp_path_factory: pytest.TempPathFactory)
     """From an empty, a filling or an overflowing cache on."""
     path: Path = tmp_path_factory.mktemp("verbs") / "cache"
 
-    @hypothesis.settings(max_examples=EXAMPLES, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink])
+    @hypothesis.settings(
+        max_examples=EXAMPLES, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink]
+    )
     @hypothesis.given(start=st.sampled_from([0, 9, 30]), steps=STEPS, seed=st.integers(0, 2**16))
     def run(start: int, steps: list[tuple[str, Array]], seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -42,18 +42,38 @@ def noise_like(tree: Any) -> Any:
 def filled(config: KvCacheConfig, held: np.ndarray) -> jaxkv.CacheState:
     """A cache that holds `held` [B] tokens."""
     state = jaxkv.init(config, len(held))
-    return dataclasses.replace(state, tiers=noise_like(state.tiers), end=jnp.asarray(held, jnp.int32))
+    return dataclasses.replace(
+        state, tiers=noise_like(state.tiers), end=jnp.asarray(held, jnp.int32)
+    )
 
 
-def on_cores(config: KvCacheConfig, held: np.ndarray, query: jax.Array, cores: int, axes: Axes | None = None) -> Callable[[], Any]:
-    """A call of `attend` on a cache dealt out over `cores` devices: its heads, or its positions where there is one."""
-    axes = axes or (Axes(heads="core") if config.num_kv_heads % cores == 0 else Axes(context="core"))
+def on_cores(
+    config: KvCacheConfig, held: np.ndarray, query: jax.Array, cores: int, axes: Axes | None = None
+) -> Callable[[], Any]:
+    """A call of `attend` on a cache dealt out over `cores` devices: its heads, or its positions
+    where there is one."""
+    axes = axes or (
+        Axes(heads="core") if config.num_kv_heads % cores == 0 else Axes(context="core")
+    )
     mesh = jax.make_mesh((cores,), ("core",), axis_types=(AxisType.Auto,))
     empty = shards.init(config, len(held), mesh=mesh, axes=axes)
     parts = len(empty.cache.end)
-    each = (held - np.arange(parts)[:, None] + parts - 1) // parts  # how many of the positions 0, 1, ... fall to each part
-    end, own = (jax.device_put(np.asarray(count, np.int32), like.sharding) for count, like in ((held, empty.end), (each, empty.cache.end)))
-    dealt = dataclasses.replace(empty, cache=dataclasses.replace(empty.cache, tiers=noise_like(empty.cache.tiers), end=own), end=end)
-    attend = jax.jit(jax.shard_map(shards.attend, mesh=mesh, in_specs=(dealt.specs, axes.tokens), out_specs=axes.tokens))
+    each = (
+        held - np.arange(parts)[:, None] + parts - 1
+    ) // parts  # how many of the positions 0, 1, ... fall to each part
+    end, own = (
+        jax.device_put(np.asarray(count, np.int32), like.sharding)
+        for count, like in ((held, empty.end), (each, empty.cache.end))
+    )
+    dealt = dataclasses.replace(
+        empty,
+        cache=dataclasses.replace(empty.cache, tiers=noise_like(empty.cache.tiers), end=own),
+        end=end,
+    )
+    attend = jax.jit(
+        jax.shard_map(
+            shards.attend, mesh=mesh, in_specs=(dealt.specs, axes.tokens), out_specs=axes.tokens
+        )
+    )
     query = jax.device_put(query, NamedSharding(mesh, axes.tokens))
     return lambda: attend(dealt, query)

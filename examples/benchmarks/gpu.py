@@ -1,11 +1,13 @@
-"""Decode attention on a GPU: correctness first, then speed against cuDNN's and torch's bfloat16 flash attention in the same run.
+"""Decode attention on a GPU: correctness first, then speed against cuDNN's and torch's bfloat16
+flash attention in the same run.
 
     python examples/benchmarks/gpu.py             # under ten minutes on an H100; writes results/gpu_<device>.json
     python examples/benchmarks/gpu.py --tune      # how the kernel's tuning fares at one size
     python examples/benchmarks/gpu.py --expected  # the roofline's figures, computed anywhere
     python examples/benchmarks/gpu.py --quick     # without a GPU: correctness in interpret mode at toy sizes
 
-Every timed program goes over several layers of different data, together larger than the L2, in one compiled call.
+Every timed program goes over several layers of different data, together larger than the L2, in one
+compiled call.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from peers import layers_for, query_of, seconds, time_cudnn, time_torch
 from roofline import MODELS, PRECISIONS, SIZES, bytes_per_token, print_expected
 
 import jaxkv
-from jaxkv import KvCacheConfig, Migration, Precision, tokens
+from jaxkv import KvCacheConfig, Migration, Precision
 from jaxkv.attend import fold
 from jaxkv.kernels import dispatch, pallas_gpu, pallas_write, xla
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import normalize
 from jaxkv.state import segments
+from jaxkv.tiers import tokens
 
 MOST_BYTES = 24e9  # of the bfloat16 keys and values of one layer; larger sizes are left out
 
@@ -63,21 +66,31 @@ def full_cache(config: KvCacheConfig, batch: int, layers: int | None = None) -> 
     def fill(index: int, leaf: Any) -> jax.Array:
         key = jax.random.key(index)
         if leaf.dtype == jnp.int8:
-            return jax.lax.bitcast_convert_type(jax.random.bits(key, leaf.shape, jnp.uint8), jnp.int8)
+            return jax.lax.bitcast_convert_type(
+                jax.random.bits(key, leaf.shape, jnp.uint8), jnp.int8
+            )
         if leaf.dtype == jnp.int16:
-            return jax.lax.bitcast_convert_type(jax.random.normal(key, leaf.shape, jnp.bfloat16), jnp.int16)
+            return jax.lax.bitcast_convert_type(
+                jax.random.normal(key, leaf.shape, jnp.bfloat16), jnp.int16
+            )
         return jax.random.uniform(key, leaf.shape, leaf.dtype, 0.05, 0.1)
 
     leaves, tree = jax.tree.flatten(state.tiers)
-    tiers = tree.unflatten([jax.jit(lambda i=i, leaf=leaf: fill(i, leaf))() for i, leaf in enumerate(leaves)])
+    tiers = tree.unflatten(
+        [jax.jit(lambda i=i, leaf=leaf: fill(i, leaf))() for i, leaf in enumerate(leaves)]
+    )
     end = jnp.full(state.end.shape, config.max_tokens, jnp.int32)
-    return jaxkv.CacheState(None, tiers, end, jnp.zeros(state.kept.shape, jnp.int32), jnp.zeros_like(end), config)
+    return jaxkv.CacheState(
+        None, tiers, end, jnp.zeros(state.kept.shape, jnp.int32), jnp.zeros_like(end), config
+    )
 
 
 # Correctness.
 
 
-def worst_error(precision: Precision, model: tuple[int, int, int], batch: int, length: int, interpret: bool) -> float:
+def worst_error(
+    precision: Precision, model: tuple[int, int, int], batch: int, length: int, interpret: bool
+) -> float:
     """The kernel's largest difference from the XLA path in float32, over the largest output."""
     heads, kv_heads, head_dim = model
     state = full_cache(cache_config(precision, length, kv_heads, head_dim), batch)
@@ -86,33 +99,56 @@ def worst_error(precision: Precision, model: tuple[int, int, int], batch: int, l
     position, scoring = state.end[:, None] - 1, Scoring()
     limits = dispatch.limits(position, scoring, 0, query)
     found = normalize(pallas_gpu.partial_attention(part, query, limits, None, interpret=interpret))
-    wanted = normalize(xla.partial_attention(part, query, lambda key, row: scoring.visible(position, key, 0), None, state.end, None))
+    wanted = normalize(
+        xla.partial_attention(
+            part, query, lambda key, row: scoring.visible(position, key, 0), None, state.end, None
+        )
+    )
     assert bool(jnp.isfinite(found).all())
     return float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
 
 
 def unlike(precision: Precision, model: tuple[int, int, int], interpret: bool) -> float:
-    """The share of codes that the quantizing write stores unlike XLA: a division may round otherwise, and a tie fall to the other side."""
+    """The share of codes that the quantizing write stores unlike XLA: a division may round
+    otherwise, and a tie fall to the other side."""
     _, heads, head_dim = model
-    spec = KvCacheConfig(store_precision=precision, num_kv_heads=heads, head_dim=head_dim).chain[-1].key
+    spec = (
+        KvCacheConfig(store_precision=precision, num_kv_heads=heads, head_dim=head_dim)
+        .chain[-1]
+        .key
+    )
     held = tokens.allocate(spec, (2,), heads, 64, head_dim)
     new = query_of(2 * 64, heads, head_dim).astype(jnp.float32).reshape(2, 64, heads, head_dim)
     slots = jnp.tile(jnp.arange(64, dtype=jnp.int32), (2, 1))
     found = pallas_write.write(held, spec, new, slots, None, interpret=interpret)
-    portable = jax.jit(lambda held, new: tokens.write(held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), slots, None))
+    portable = jax.jit(
+        lambda held, new: tokens.write(
+            held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), slots, None
+        )
+    )
     wanted = portable(held, new)
-    return max(float((a != b).mean()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+    return max(
+        float((a != b).mean())
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    )
 
 
 def check(interpret: bool) -> dict[str, float]:
     models = {"toy": (4, 2, 64)} if interpret else MODELS
     length = 200 if interpret else 5000
-    found = {f"{name}_{p.value}": worst_error(p, model, 2, length, interpret) for name, model in models.items() for p in PRECISIONS}
+    found = {
+        f"{name}_{p.value}": worst_error(p, model, 2, length, interpret)
+        for name, model in models.items()
+        for p in PRECISIONS
+    }
     for name, error in found.items():
         print(f"{name}: largest error {error:.1e} of the largest output")
         assert error < 2.0**-12, name  # bfloat16 attention: 2**-8
     writes = {
-        f"{name}_{p.value}_write": unlike(p, model, interpret) for name, model in models.items() for p in PRECISIONS if p.is_quantized
+        f"{name}_{p.value}_write": unlike(p, model, interpret)
+        for name, model in models.items()
+        for p in PRECISIONS
+        if p.is_quantized
     }
     for name, share in writes.items():
         print(f"{name}: {share:.1e} of the words or scales stored unlike XLA")
@@ -123,19 +159,28 @@ def check(interpret: bool) -> dict[str, float]:
 # Timing.
 
 
-def time_attend(precision: Precision, model: str, batch: int, length: int, implementation: Any) -> float:
+def time_attend(
+    precision: Precision, model: str, batch: int, length: int, implementation: Any
+) -> float:
     heads, kv_heads, head_dim = MODELS[model]
     layers = layers_for(bytes_per_token(precision, head_dim) * batch * length * kv_heads)
     state = full_cache(cache_config(precision, length, kv_heads, head_dim), batch, layers)
     query = query_of(batch, heads, head_dim)
-    step = jax.jit(lambda state, q: sum(jaxkv.attend(state, q, layer=i, implementation=implementation) for i in range(layers)))
+    step = jax.jit(
+        lambda state, q: sum(
+            jaxkv.attend(state, q, layer=i, implementation=implementation) for i in range(layers)
+        )
+    )
     return seconds(lambda: step(state, query), layers)
 
 
 def time_step(batch: int, length: int, migration: str) -> dict[str, float]:
-    """A decode step of 32 layers, hot tier and Q4 store, as one scan with a donated cache; and how many copies of its arrays it makes."""
+    """A decode step of 32 layers, hot tier and Q4 store, as one scan with a donated cache; and how
+    many copies of its arrays it makes."""
     heads, kv_heads, head_dim = MODELS["gqa"]
-    config = KvCacheConfig(max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, migration=Migration(migration))
+    config = KvCacheConfig(
+        max_tokens=length, num_kv_heads=kv_heads, head_dim=head_dim, migration=Migration(migration)
+    )
     query, token = query_of(batch, heads, head_dim), query_of(batch, kv_heads, head_dim)
 
     def layer(writes: bool, reads: bool) -> Callable[..., Any]:
@@ -147,14 +192,22 @@ def time_step(batch: int, length: int, migration: str) -> dict[str, float]:
         return body
 
     found: dict[str, float] = {}
-    for name, body in (("step", layer(True, True)), ("append", layer(True, False)), ("attend", layer(False, True))):
+    for name, body in (
+        ("step", layer(True, True)),
+        ("append", layer(True, False)),
+        ("attend", layer(False, True)),
+    ):
         state = full_cache(config, batch, 32)
-        run = jax.jit(lambda s, x, body=body: jax.lax.scan(body, (s, x), jnp.arange(32))[0], donate_argnums=0)
+        run = jax.jit(
+            lambda s, x, body=body: jax.lax.scan(body, (s, x), jnp.arange(32))[0], donate_argnums=0
+        )
         if name == "step":
             largest = max(jax.tree.leaves(state.tiers), key=lambda a: a.nbytes)
             shape = f"s8[{','.join(map(str, largest.shape))}]"
             lines = run.lower(state, query).compile().as_text().splitlines()
-            found["cache_sized_copies"] = sum(" copy(" in line and shape in line.split("=")[1] for line in lines if "=" in line)
+            found["cache_sized_copies"] = sum(
+                " copy(" in line and shape in line.split("=")[1] for line in lines if "=" in line
+            )
         holder = [state]
 
         def once(holder: list[Any] = holder, run: Any = run) -> Any:
@@ -179,30 +232,50 @@ def measure(budget: float) -> dict[str, Any]:
     sizes = [(model, *size) for model in MODELS for size in SIZES]  # the most telling first
     for model, batch, length in sizes:
         _, kv_heads, head_dim = MODELS[model]
-        if 4.0 * head_dim * batch * length * kv_heads > MOST_BYTES or time.perf_counter() - start > budget:
+        if (
+            4.0 * head_dim * batch * length * kv_heads > MOST_BYTES
+            or time.perf_counter() - start > budget
+        ):
             continue
         row: dict[str, Any] = {"model": model, "batch": batch, "length": length}
         peers: dict[str, Callable[[], float]] = {
             "cudnn": lambda a=(model, batch, length): time_cudnn(*a),
             "torch": lambda a=(model, batch, length): time_torch(*a),
         }
-        ours = {p.value: (lambda p=p, a=(model, batch, length): time_attend(p, *a, "pallas")) for p in PRECISIONS}
+        ours = {
+            p.value: (lambda p=p, a=(model, batch, length): time_attend(p, *a, "pallas"))
+            for p in PRECISIONS
+        }
         for name, timed in (peers | ours).items():
             try:
                 row[name] = timed()
-            except Exception as error:  # a peer that is missing or refuses a size must not end the run
+            except (
+                Exception
+            ) as error:  # a peer that is missing or refuses a size must not end the run
                 row[name + "_error"] = f"{type(error).__name__}: {str(error)[:200]}"
         best = min((row[name] for name in peers if name in row), default=None)
         for p in PRECISIONS:
             if p.value in row:
                 row[p.value + "_speedup"] = best and best / row[p.value]
-                row[p.value + "_share"] = bytes_per_token(p, head_dim) * batch * length * kv_heads / row[p.value] / copy
+                row[p.value + "_share"] = (
+                    bytes_per_token(p, head_dim) * batch * length * kv_heads / row[p.value] / copy
+                )
         rows.append(row)
-        print(json.dumps({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}))
-    return {"copy_bandwidth": copy, "attention": rows, "decode_step": {mode.value: time_step(1, 32768, mode.value) for mode in Migration}}
+        print(
+            json.dumps(
+                {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+            )
+        )
+    return {
+        "copy_bandwidth": copy,
+        "attention": rows,
+        "decode_step": {mode.value: time_step(1, 32768, mode.value) for mode in Migration},
+    }
 
 
-def tune(length: int = 32768, batch: int = 1, precision: Precision = Precision.Q4) -> list[dict[str, Any]]:
+def tune(
+    length: int = 32768, batch: int = 1, precision: Precision = Precision.Q4
+) -> list[dict[str, Any]]:
     found = []
     for slots, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (2, 3, 4)):
         pallas_gpu.TUNING = pallas_gpu.Tuning(slots=slots, num_warps=warps, num_stages=stages)
@@ -218,15 +291,29 @@ def tune(length: int = 32768, batch: int = 1, precision: Precision = Precision.Q
 
 def about() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "numpy": np.__version__, "commit": commit.stdout.strip()}
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("--expected", "--quick", "--tune"):
         parser.add_argument(name, action="store_true")
-    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no new size is begun")
+    parser.add_argument(
+        "--budget", type=float, default=420.0, help="seconds after which no new size is begun"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     arguments = parser.parse_args()
     if arguments.expected:
@@ -235,11 +322,17 @@ def main() -> None:
         check(interpret=True)
         return None
     if jax.default_backend() != "gpu":
-        raise SystemExit("no GPU here: --quick checks the kernel in interpret mode, --expected prints the roofline's figures")
+        raise SystemExit(
+            "no GPU here: --quick checks the kernel in interpret mode, --expected prints the "
+            "roofline's figures"
+        )
     result = about() | {"errors": check(interpret=False)}
     result |= {"tuning": tune()} if arguments.tune else measure(arguments.budget)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"gpu_{'tuning_' if arguments.tune else ''}{result['device'].lower().replace(' ', '_')}.json"
+    path = (
+        arguments.out
+        / f"gpu_{'tuning_' if arguments.tune else ''}{result['device'].lower().replace(' ', '_')}.json"
+    )
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 

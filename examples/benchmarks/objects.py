@@ -1,9 +1,11 @@
-"""What the object API adds to a call: `TwoTierKvCache` against the bare compiled functions, donated, in the same run.
+"""What the object API adds to a call: `TwoTierKvCache` against the bare compiled functions,
+donated, in the same run.
 
     python examples/benchmarks/objects.py [--quick] [--json]
 
-Appends of one token, and attention of one token's query over a full cache of 4,096 tokens. Calls of the two are taken in turns and each is
-waited for; medians. The same with NumPy arrays in and out, where a copy and a wait are part of the contract, is given besides.
+Appends of one token, and attention of one token's query over a full cache of 4,096 tokens. Calls of
+the two are taken in turns and each is waited for; medians. The same with NumPy arrays in and out,
+where a copy and a wait are part of the contract, is given besides.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import numpy as np
 import jaxkv
 from jaxkv.objects import TwoTierKvCache
 
-CONFIG = jaxkv.KvCacheConfig()  # 4,096 tokens, 8 kv heads of 128, a tail of 256 in fp16, the rest in Q4
+CONFIG = (
+    jaxkv.KvCacheConfig()
+)  # 4,096 tokens, 8 kv heads of 128, a tail of 256 in fp16, the rest in Q4
 NUM_HEADS = 32
 
 
@@ -91,7 +95,12 @@ def measure(repeats: int) -> dict[str, Any]:
     ):
         found[name] = {f"{who}_us": round(time_us, 1) for who, time_us in calls.items()}
         found[name]["ratio"] = round(calls["object"] / calls["bare"], 3)
-    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "repeats": repeats, **found}
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "repeats": repeats,
+        **found,
+    }
 
 
 def main() -> None:
@@ -106,7 +115,10 @@ def main() -> None:
     print(f"jax {found['jax']} on {found['device']}, {found['repeats']} repeats, medians in us")
     for name in ("append_1", "attend_4096"):
         row = found[name]
-        print(f"{name:12} bare {row['bare_us']:8} object {row['object_us']:8} ratio {row['ratio']:.2f}  (NumPy {row['object_numpy_us']})")
+        print(
+            f"{name:12} bare {row['bare_us']:8} object {row['object_us']:8} ratio "
+            f"{row['ratio']:.2f}  (NumPy {row['object_numpy_us']})"
+        )
 
 
 if __name__ == "__main__":

@@ -41,22 +41,37 @@ def time_cudnn(model: str, batch: int, length: int) -> float:
     heads, kv_heads, head_dim = MODELS[model]
     layers = layers_for(4.0 * head_dim * batch * length * kv_heads)
     keys = jax.random.split(jax.random.key(1), 2 * layers)
-    arrays = [jax.random.normal(key, (batch, length, kv_heads, head_dim), jnp.bfloat16) for key in keys]
+    arrays = [
+        jax.random.normal(key, (batch, length, kv_heads, head_dim), jnp.bfloat16) for key in keys
+    ]
     pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
-    step = jax.jit(lambda q, pairs: sum(jax.nn.dot_product_attention(q, *pair, implementation="cudnn") for pair in pairs))
+    step = jax.jit(
+        lambda q, pairs: sum(
+            jax.nn.dot_product_attention(q, *pair, implementation="cudnn") for pair in pairs
+        )
+    )
     query = query_of(batch, heads, head_dim)
     return seconds(lambda: step(query, pairs), layers)
 
 
 def time_torch(model: str, batch: int, length: int) -> float:
-    """torch's flash attention, the group folded into the queries (the faster way, and no mask is needed)."""
+    """torch's flash attention, the group folded into the queries (the faster way, and no mask is
+    needed)."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     heads, kv_heads, head_dim = MODELS[model]
     layers = layers_for(4.0 * head_dim * batch * length * kv_heads)
-    query = torch.randn(batch, kv_heads, heads // kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    pairs = [[torch.randn(batch, kv_heads, length, head_dim, dtype=torch.bfloat16, device="cuda") for _ in "kv"] for _ in range(layers)]
+    query = torch.randn(
+        batch, kv_heads, heads // kv_heads, head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    pairs = [
+        [
+            torch.randn(batch, kv_heads, length, head_dim, dtype=torch.bfloat16, device="cuda")
+            for _ in "kv"
+        ]
+        for _ in range(layers)
+    ]
     graph = torch.cuda.CUDAGraph()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
         torch.nn.functional.scaled_dot_product_attention(query, *pairs[0])

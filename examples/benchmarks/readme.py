@@ -1,4 +1,5 @@
-"""Writes README's measured tables from the results and the presets: what stands between `<!-- name -->` and `<!-- /name -->`.
+"""Writes README's measured tables from the results and the presets: what stands between `<!-- name
+-->` and `<!-- /name -->`.
 
 python examples/benchmarks/readme.py [--check]
 """
@@ -33,13 +34,18 @@ def presets() -> str:
     rows = []
     for name, (_, text) in jaxkv.PRESETS.items():
         config = jaxkv.preset(name, **SMALL)
-        bits = 8 * bytes_per_token(config, config.chain[-1]) / (2 * config.num_kv_heads * config.head_dim)
+        bits = (
+            8
+            * bytes_per_token(config, config.chain[-1])
+            / (2 * config.num_kv_heads * config.head_dim)
+        )
         rows.append([f"`{name}`", f"{bits:.3g}", text])
     return table(["preset", "bits/element, 128 a head", "when"], rows)
 
 
 def quality(found: dict[str, Any]) -> str:
-    """The sweep beside llama.cpp's cache types, and the harder questions as far as they were asked."""
+    """The sweep beside llama.cpp's cache types, and the harder questions as far as they were
+    asked."""
     rows = [
         [
             name,
@@ -53,9 +59,18 @@ def quality(found: dict[str, Any]) -> str:
     ]
     head = ["cache", "bits/element", "perplexity", "KL", "top-1", "tokens scored"]
     intro = f"{found['model'].removesuffix('.gguf')}, newest {found['tail']} tokens in fp16, against the fp32 cache on the same tokens "
-    parts = [f"{intro}(`{found['command']}`; {found['device']}, jax {found['jax']}):", table(head, rows)]
-    parts += ["![KL and perplexity against bits per element](examples/benchmarks/results/quality.png)"]
-    parts += [write(found[name]) for name, write in (("bias", bias), ("greedy", greedy), ("passkey", passkey)) if found.get(name)]
+    parts = [
+        f"{intro}(`{found['command']}`; {found['device']}, jax {found['jax']}):",
+        table(head, rows),
+    ]
+    parts += [
+        "![KL and perplexity against bits per element](examples/benchmarks/results/quality.png)"
+    ]
+    parts += [
+        write(found[name])
+        for name, write in (("bias", bias), ("greedy", greedy), ("passkey", passkey))
+        if found.get(name)
+    ]
     return "\n\n".join(parts)
 
 
@@ -69,23 +84,30 @@ def bias(found: dict[str, Any]) -> str:
     rows = [[name, *(f"{scores[case]:.4f}" for case in cases)] for name, scores in by_cache.items()]
     intro = "KL with a key bias, as Qwen2 has one, of norm 50 and 500 in every third layer, after and before the rotary embedding:"
     outro = (
-        "Before the embedding it is another model each time (perplexity 56 and 3,273, where unquantized fp16 loses 1.28 too). "
-        "*Without it*: a bias that is known need not be cached. Subtract it from the keys, and where it was rotated give what it adds "
+        "Before the embedding it is another model each time (perplexity 56 and 3,273, where "
+        "unquantized fp16 loses 1.28 too). "
+        "*Without it*: a bias that is known need not be cached. Subtract it from the keys, and "
+        "where it was rotated give what it adds "
         "to the scores as `bias`."
     )
     return f"{intro}\n\n{table(['cache', *cases], rows)}\n\n{outro}"
 
 
 def greedy(found: dict[str, Any]) -> str:
-    tokens = "; ".join(f"{name} {row['median']:.0f} ({row['mean']:.0f})" for name, row in found.items())
+    tokens = "; ".join(
+        f"{name} {row['median']:.0f} ({row['mean']:.0f})" for name, row in found.items()
+    )
     prompts = len(next(iter(found.values()))["each"])
     return f"Greedy tokens, of 128, before the first unlike the fp32 cache's, median (mean) over {prompts} prompts: {tokens}."
 
 
 def passkey(found: dict[str, Any]) -> str:
-    counts = [sum(trial[name]["found"] for trial in found.values()) for name in ("FP32", "quantized")]
+    counts = [
+        sum(trial[name]["found"] for trial in found.values()) for name in ("FP32", "quantized")
+    ]
     return (
-        f"A passkey hidden at eight depths of prompts of 1,536 to 7,168 tokens was found {counts[1]} times of {len(found)} "
+        "A passkey hidden at eight depths of prompts of 1,536 to 7,168 tokens was found "
+        f"{counts[1]} times of {len(found)} "
         f"with Q4, {counts[0]} times with fp32."
     )
 
@@ -105,22 +127,37 @@ def gpu(found: dict[str, Any]) -> str:
         for row in found["programs"]
     ]
     coded = (Precision.Q8, Precision.Q4, Precision.Q2)
-    head = ["cache", "step", "migration", "by", "launches a layer", "cache-sized copies", "temporaries"]
+    head = [
+        "cache",
+        "step",
+        "migration",
+        "by",
+        "launches a layer",
+        "cache-sized copies",
+        "temporaries",
+    ]
     sizes = [(1, 32768), (1, 131072), (16, 32768), (64, 32768)]
     expectations = [
         [
             f"{length // 1024}k tokens, {batch} row{'s' * (batch > 1)}",
-            *(f"{expected(Precision.BF16, 'gqa', batch, length) / expected(precision, 'gqa', batch, length):.1f}" for precision in coded),
+            *(
+                f"{expected(Precision.BF16, 'gqa', batch, length) / expected(precision, 'gqa', batch, length):.1f}"
+                for precision in coded
+            ),
             f"{append_share(Precision.Q4, 'gqa', batch, length):.0%}",
         ]
         for batch, length in sizes
     ]
     return (
-        f"Decode steps over {found['layers']} layers in a scan, {found['tokens']:,} tokens, {found['query_heads']} query heads and "
-        f"{found['kv_heads']} kv heads of {found['head_dim']}, compiled to machine code for {found['device']} on a machine without one "
+        f"Decode steps over {found['layers']} layers in a scan, {found['tokens']:,} tokens, "
+        f"{found['query_heads']} query heads and "
+        f"{found['kv_heads']} kv heads of {found['head_dim']}, compiled to machine code for "
+        f"{found['device']} on a machine without one "
         f"(`{found['command']}`, jax {found['jax']}):\n\n{table(head, rows)}\n\n"
-        "What an H100 should then do, from bytes, instructions and launches of 1.5 us (`python examples/benchmarks/gpu.py --expected`): "
-        "times as fast as our bfloat16 tier, and the share of eager appends in a Q4 decode step (batched ones leave out a third):\n\n"
+        "What an H100 should then do, from bytes, instructions and launches of 1.5 us (`python "
+        "examples/benchmarks/gpu.py --expected`): "
+        "times as fast as our bfloat16 tier, and the share of eager appends in a Q4 decode step "
+        "(batched ones leave out a third):\n\n"
         f"{table(['', 'Q8', 'Q4', 'Q2', 'append'], expectations)}"
     )
 
@@ -133,36 +170,61 @@ def measured(found: dict[str, Any]) -> str:
         times = f" ({row[name + '_speedup']:.2f})" if row.get(name + "_speedup") else ""
         return f"{row[name] * 1e6:.0f}{times}" if name in row else ""
 
-    rows = [[row["model"], str(row["batch"]), f"{row['length']:,}", *(cell(row, name) for name in names)] for row in found["attention"]]
-    shares = ", ".join(f"{mode} {step['append_share']:.0%}" for mode, step in found["decode_step"].items())
+    rows = [
+        [
+            row["model"],
+            str(row["batch"]),
+            f"{row['length']:,}",
+            *(cell(row, name) for name in names),
+        ]
+        for row in found["attention"]
+    ]
+    shares = ", ".join(
+        f"{mode} {step['append_share']:.0%}" for mode, step in found["decode_step"].items()
+    )
     return (
-        f"Microseconds of one attention on {found['device']} (`python examples/benchmarks/gpu.py`, jax {found['jax']}), in brackets how "
-        f"many times as fast as the better peer; an append's share of a decode step at 32,768 tokens: {shares}.\n\n"
+        f"Microseconds of one attention on {found['device']} (`python "
+        f"examples/benchmarks/gpu.py`, jax {found['jax']}), in brackets how "
+        "many times as fast as the better peer; an append's share of a decode step at 32,768 "
+        f"tokens: {shares}.\n\n"
         f"{table(['model', 'rows', 'tokens', *names], rows)}"
     )
 
 
 def speed(found: dict[str, Any]) -> str:
-    """Decode attention at the longest length that all systems were asked for, and what does not grow."""
+    """Decode attention at the longest length that all systems were asked for, and what does not
+    grow."""
     columns = {name: lengths["16384"] for name, lengths in found["attention_ms"].items()}
     names = next(iter(columns.values()))
     rows = [[name, *(cell(times, name) for times in columns.values())] for name in names]
-    (small, large), (appends_small, appends_large) = (list(found["capacity_ms"][what].values()) for what in ("attend", "append"))
+    (small, large), (appends_small, appends_large) = (
+        list(found["capacity_ms"][what].values()) for what in ("attend", "append")
+    )
     long = {name: lengths["65536"] for name, lengths in found["attention_ms"].items()}
     q8 = cell(long["GQA 32/8/128"], "jaxkv Q8")
     return "\n\n".join(
         [
-            "Milliseconds for the attention of one decoded token over 16,384 tokens (the 8 ragged rows: 4,096 to 16,384); query heads / kv "
-            f"heads / head dim as given; in brackets the ratio to torch's fastest bfloat16 attention in the same run. {found['device']}, "
+            "Milliseconds for the attention of one decoded token over 16,384 tokens (the 8 ragged "
+            "rows: 4,096 to 16,384); query heads / kv "
+            "heads / head dim as given; in brackets the ratio to torch's fastest bfloat16 "
+            f"attention in the same run. {found['device']}, "
             f"{found['threads']} threads, jax {found['jax']} (`{found['command']}`):",
             table(["", *columns], rows),
-            "Our caches have a JAX device for each core (below; `jaxkv.shards` in `shard_map`); one device is JAX's default.",
-            "Q4 at 65,536 tokens: " + "; ".join(f"{name} {cell(times, 'jaxkv Q4')}" for name, times in long.items()) + f". Q8: {q8}. "
-            f"With 1,024 tokens held, a cache for 65,536 takes {large / small:.2f} times as long as one for 1,024; an append of one token "
-            f"{appends_large / appends_small:.2f} times ({appends_large:.2f} ms). Attention's temporaries at 65,536 tokens: at most "
+            "Our caches have a JAX device for each core (below; `jaxkv.shards` in `shard_map`); "
+            "one device is JAX's default.",
+            "Q4 at 65,536 tokens: "
+            + "; ".join(f"{name} {cell(times, 'jaxkv Q4')}" for name, times in long.items())
+            + f". Q8: {q8}. "
+            f"With 1,024 tokens held, a cache for 65,536 takes {large / small:.2f} times as long "
+            "as one for 1,024; an append of one token "
+            f"{appends_large / appends_small:.2f} times ({appends_large:.2f} ms). Attention's "
+            "temporaries at 65,536 tokens: at most "
             f"{max(found['temporaries_mb'].values()):.1f} MB.",
             "An append of one token by mode of migration: "
-            + "; ".join(f"{mode} {ms['mean']:.2f} ms on average, {ms['slowest']:.2f} at most" for mode, ms in found["append_ms"].items())
+            + "; ".join(
+                f"{mode} {ms['mean']:.2f} ms on average, {ms['slowest']:.2f} at most"
+                for mode, ms in found["append_ms"].items()
+            )
             + ".",
             "![Time against context length](examples/benchmarks/results/cpu.png)",
         ]
@@ -170,16 +232,26 @@ def speed(found: dict[str, Any]) -> str:
 
 
 def cell(times: dict[str, float], name: str) -> str:
-    ratio = f" ({times[name] / times['torch bf16']:.2f})" if name in times and "torch bf16" in times else ""
+    ratio = (
+        f" ({times[name] / times['torch bf16']:.2f})"
+        if name in times and "torch bf16" in times
+        else ""
+    )
     return f"{times[name]:.2f}{ratio}" if name in times else ""
 
 
 def sections() -> dict[str, str]:
     found = {"presets": presets()}
-    for name, write, file in (("quality", quality, "quality.json"), ("speed", speed, "cpu.json"), ("gpu", gpu, "gpu_compiled.json")):
+    for name, write, file in (
+        ("quality", quality, "quality.json"),
+        ("speed", speed, "cpu.json"),
+        ("gpu", gpu, "gpu_compiled.json"),
+    ):
         if (RESULTS / file).exists():
             found[name] = write(json.loads((RESULTS / file).read_text()))
-    on_gpus = [measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))]
+    on_gpus = [
+        measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))
+    ]
     if on_gpus:
         found["gpu"] = "\n\n".join([found["gpu"]] * ("gpu" in found) + on_gpus)
     return found
@@ -187,13 +259,22 @@ def sections() -> dict[str, str]:
 
 def filled(readme: str) -> str:
     for name, text in sections().items():
-        readme = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+        readme = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, text=text: f"{m[1]}{text}\n{m[2]}",
+            readme,
+            flags=re.S,
+        )
     return readme
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is out of date")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if README is out of date"
+    )
     check, path = parser.parse_args().check, ROOT / "README.md"
     old = path.read_text()
     if check and filled(old) != old:

@@ -1,7 +1,9 @@
-"""Exact float products on integer units: a float operand as three 7-bit digits, dotted with small integer codes.
+"""Exact float products on integer units: a float operand as three 7-bit digits, dotted with small
+integer codes.
 
-XLA:CPU hands int8 x int8 -> int32 products to VNNI and AMX units, where 12 rows cost little more than 4: three digits of 4 rows give
-float32's accuracy at the price of an int8 query's. A query of one digit, the common choice, would err by 0.4 %.
+XLA:CPU hands int8 x int8 -> int32 products to VNNI and AMX units, where 12 rows cost little more
+than 4: three digits of 4 rows give float32's accuracy at the price of an int8 query's. A query of
+one digit, the common choice, would err by 0.4 %.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ FRACTION_UNIT = 2.0 ** -(DIGITS * BITS)
 
 
 def of_fraction(x: jax.Array) -> jax.Array:
-    """Floats [..., R, X] in [0, 1], not an ulp above, as digits [..., 3 R, X] int8 that count `FRACTION_UNIT`."""
-    # x + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's guarded float-to-int conversion.
+    """Floats [..., R, X] in [0, 1], not an ulp above, as digits [..., 3 R, X] int8 that count
+    `FRACTION_UNIT`."""
+    # x + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's
+    # guarded float-to-int conversion.
     fixed = lax.bitcast_convert_type(x * (1 - FRACTION_UNIT) + 4.0, jnp.int32)
     return _digits(fixed & (2 ** (DIGITS * BITS) - 1))
 
@@ -44,7 +48,8 @@ def _digits(fixed: jax.Array) -> jax.Array:
 
 
 def stacked(parts: list[jax.Array]) -> jax.Array:
-    """Arrays [..., R, X] one below the other. Writes in place are vectorized; a concatenation is computed element by element."""
+    """Arrays [..., R, X] one below the other. Writes in place are vectorized; a concatenation is
+    computed element by element."""
     rows = parts[0].shape[-2]
     out = jnp.zeros((*parts[0].shape[:-2], len(parts) * rows, parts[0].shape[-1]), parts[0].dtype)
     for index, part in enumerate(parts):
@@ -60,15 +65,22 @@ def join(products: jax.Array) -> jax.Array:
 
 
 def dot(digits: jax.Array, codes: jax.Array, contract: int) -> jax.Array:
-    """Digits [..., R3, X] times int8 codes [..., S, X] (contract=-1) or [..., X, S] (contract=-2) -> [..., R, S] floats in units."""
+    """Digits [..., R3, X] times int8 codes [..., S, X] (contract=-1) or [..., X, S] (contract=-2)
+    -> [..., R, S] floats in units."""
     batch = tuple(range(digits.ndim - 2))
     dims = (((digits.ndim - 1,), (codes.ndim + contract,)), (batch, batch))
     return join(lax.dot_general(digits, codes, dims, preferred_element_type=jnp.int32))
 
 
 def dot_rows(rows: jax.Array, codes: jax.Array, contract: int) -> jax.Array:
-    """`dot` of n sets of digits [B, K, n, 3 R, X] with the same codes [B, K, S, X] (or [B, K, X, S]) -> [B, K, n, R, S]."""
+    """`dot` of n sets of digits [B, K, n, 3 R, X] with the same codes [B, K, S, X] (or [B, K, X,
+    S]) -> [B, K, n, R, S]."""
     b, k, n, r, x = rows.shape
     batch = ((0, 1), (0, 1))
-    products = lax.dot_general(rows.reshape(b, k, n * r, x), codes, (((3,), (4 + contract,)), batch), preferred_element_type=jnp.int32)
+    products = lax.dot_general(
+        rows.reshape(b, k, n * r, x),
+        codes,
+        (((3,), (4 + contract,)), batch),
+        preferred_element_type=jnp.int32,
+    )
     return join(products.reshape(b, k, n, r, -1))

@@ -1,4 +1,5 @@
-"""Which implementation attends over a tier and writes to it: the GPU kernels where they can run and XLA everywhere else."""
+"""Which implementation attends over a tier and writes to it: the GPU kernels where they can run and
+XLA everywhere else."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import tokens
-from jaxkv.config import Format, QuantSpec
+from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels import pallas_gpu, pallas_write, platform, xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment
-from jaxkv.tokens import Index, Tokens
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Index, Tokens
 
 Implementation = Literal["xla", "pallas"] | None
 
@@ -37,12 +38,14 @@ def partial_attention(
     sink_tokens: int,
     implementation: Implementation = None,
 ) -> Partial:
-    """`xla.partial_attention` by the implementation asked for; the arguments up to `layer` are its own.
+    """`xla.partial_attention` by the implementation asked for; the arguments up to `layer` are its
+    own.
 
     Args:
       position: [B, T] int32 of the queries, -1 where a query sees nothing.
       scoring, sink_tokens: what `visible` and `adjust` were made of.
-      implementation: "xla", "pallas", or None: the kernel on NVIDIA GPUs for what it can do, XLA otherwise.
+      implementation: "xla", "pallas", or None: the kernel on NVIDIA GPUs for what it can do, XLA
+        otherwise.
 
     Raises:
       ValueError: "pallas" was asked for by name and cannot run; it says why.
@@ -53,26 +56,37 @@ def partial_attention(
         return xla.partial_attention(part, query, visible, adjust, newest, layer)
 
     def kernel(query: jax.Array) -> Partial:
-        return pallas_gpu.partial_attention(part, query, limits(position, scoring, sink_tokens, query), layer)
+        return pallas_gpu.partial_attention(
+            part, query, limits(position, scoring, sink_tokens, query), layer
+        )
 
     if implementation == "xla":
         return portable(query)
     reason = refusal(part, query.shape[-1], scoring) or platform.no_gpu()
     if implementation == "pallas":
         if reason:
-            raise ValueError(f"implementation='pallas': {reason}; pass 'xla', or None to choose by platform")
+            raise ValueError(
+                f"implementation='pallas': {reason}; pass 'xla', or None to choose by platform"
+            )
         return kernel(query)
     # Without a GPU in sight the kernel is not even traced: nothing changes for those who have none.
-    return portable(query) if reason else lax.platform_dependent(query, cuda=kernel, default=portable)
+    return (
+        portable(query) if reason else lax.platform_dependent(query, cuda=kernel, default=portable)
+    )
 
 
 def check_implementation(implementation: Any) -> None:
     """Refuses unknown names."""
     if implementation not in ("xla", "pallas", None):
-        raise ValueError(f"implementation={implementation!r}: must be 'xla', 'pallas' or None to choose by platform")
+        raise ValueError(
+            f"implementation={implementation!r}: must be 'xla', 'pallas' or None to choose by "
+            "platform"
+        )
 
 
-def limits(position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array) -> pallas_gpu.Limits:
+def limits(
+    position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array
+) -> pallas_gpu.Limits:
     """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T]."""
     each = jnp.tile(position, (1, query.shape[2] // position.shape[1]))
     return pallas_gpu.Limits(*scoring.bounds(each), sink_tokens)
@@ -86,29 +100,49 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
     for held, fmt in ((part.tier.keys, part.spec.key), (part.tier.values, part.spec.value)):
         arrays = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
-        unknown = [name for name, array in arrays.items() if array is not None and name not in READABLE]
+        unknown = [
+            name for name, array in arrays.items() if array is not None and name not in READABLE
+        ]
         if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
             return f"it cannot read {fmt} in the {part.spec.name} tier"
         if _overflows(held):
-            return f"the {part.spec.name} tier has an array of 2 to 4 GiB of bytes, where Pallas-Triton's offsets overflow: split the batch"
+            return (
+                f"the {part.spec.name} tier has an array of 2 to 4 GiB of bytes, "
+                "where Pallas-Triton's offsets overflow: split the batch"
+            )
     return None
 
 
-def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: Index, implementation: Implementation) -> Tokens:
-    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring drops its token.
+def write(
+    held: Tokens,
+    fmt: Format,
+    new: jax.Array,
+    slots: jax.Array,
+    layer: Index,
+    implementation: Implementation,
+) -> Tokens:
+    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring
+    drops its token.
 
     By the kernel on NVIDIA GPUs unless `implementation` is "xla"; what it cannot write, XLA does.
     """
     check_implementation(implementation)
 
     def portable(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
-        return tokens.write(held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer)
+        return tokens.write(
+            held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer
+        )
 
     def kernel(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
         assert isinstance(fmt, QuantSpec)
         return pallas_write.write(held, fmt, new, slots, layer)
 
-    if implementation == "xla" or pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held) or platform.no_gpu():
+    if (
+        implementation == "xla"
+        or pallas_write.refusal(fmt, *new.shape[2:])
+        or _overflows(held)
+        or platform.no_gpu()
+    ):
         return portable(held, new, slots)
     found: Tokens = lax.platform_dependent(held, new, slots, cuda=kernel, default=portable)
     return found
@@ -116,4 +150,6 @@ def write(held: Tokens, fmt: Format, new: jax.Array, slots: jax.Array, layer: In
 
 def _overflows(held: Tokens) -> bool:
     """Pallas-Triton counts elements in 32 bits, signed in effect, in arrays of up to 4 GiB."""
-    return any(2**31 < array.size <= 2**32 // array.dtype.itemsize for array in jax.tree.leaves(held))
+    return any(
+        2**31 < array.size <= 2**32 // array.dtype.itemsize for array in jax.tree.leaves(held)
+    )

@@ -1,8 +1,10 @@
-"""How a block of each format is multiplied: scores from keys, weighted sums from values, without a dequantized copy.
+"""How a block of each format is multiplied: scores from keys, weighted sums from values, without a
+dequantized copy.
 
-Each format is a class of pure functions with the same five methods. Keys: `query` prepares queries once per step, `scores` uses them on a
-block. Values: `zeros` starts a sum, `weigh` gives a block's share, `finish` turns the sum into outputs.
-Shapes: B rows, K kv heads, R queries of a head, S slots of the block, H head dim, W words of a head, g group size.
+Each format is a class of pure functions with the same five methods. Keys: `query` prepares queries
+once per step, `scores` uses them on a block. Values: `zeros` starts a sum, `weigh` gives a block's
+share, `finish` turns the sum into outputs. Shapes: B rows, K kv heads, R queries of a head, S slots
+of the block, H head dim, W words of a head, g group size.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import codec, tokens
-from jaxkv.config import Format, Precision, QuantSpec
+from jaxkv import codec
+from jaxkv.formats import Format, Precision, QuantSpec
 from jaxkv.kernels import digits
 from jaxkv.kernels.materialized import computed_once, laid_out, leading
-from jaxkv.tokens import Tokens
+from jaxkv.tiers import tokens
+from jaxkv.tiers.tokens import Tokens
 
 EXACT = lax.Precision.HIGHEST
 
@@ -35,7 +38,11 @@ def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
     """The reader of a format; `never` is a traced False (see `computed_once`)."""
     if isinstance(fmt, Precision):
         return Terms(never, head_dim) if fmt is Precision.BF16 else Floats(never, head_dim)
-    return ChannelGroups(never, head_dim, fmt) if fmt.axis == "channel" else TokenGroups(never, head_dim, fmt)
+    return (
+        ChannelGroups(never, head_dim, fmt)
+        if fmt.axis == "channel"
+        else TokenGroups(never, head_dim, fmt)
+    )
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
@@ -56,12 +63,16 @@ class Floats:
         return query
 
     def scores(self, operand: Any, block: Tokens) -> jax.Array:
-        return self.scored(operand, laid_out(self.never, [self.widened(block.data)], self.head_dim)[0])
+        return self.scored(
+            operand, laid_out(self.never, [self.widened(block.data)], self.head_dim)[0]
+        )
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
 
-    def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weigh(
+        self, weights: jax.Array, block: Tokens, valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         values = laid_out(self.never, [block.data], self.head_dim)[0]
         keep = computed_once(self.never, valid.astype(jnp.float32))[:, None, :, None] > 0
         values = self.widened(jnp.where(keep, values, 0))
@@ -74,7 +85,8 @@ class Floats:
         return tokens.floats(data)
 
     def scored(self, operand: Any, data: jax.Array) -> jax.Array:
-        # The block as the left operand: 150 instead of 280 us for 320 tokens of 8 heads; a right one is transposed in memory first.
+        # The block as the left operand: 150 instead of 280 us for 320 tokens of 8 heads; a right
+        # one is transposed in memory first.
         return jnp.swapaxes(_dot(data, operand, -1), -1, -2)
 
     def product(self, operand: Any, data: jax.Array, contract: int) -> jax.Array:
@@ -82,7 +94,8 @@ class Floats:
 
 
 class Terms(Floats):
-    """bfloat16 tiers: the block as it lies is the operand, the other one a sum of three bfloat16 terms, which is all of a float32."""
+    """bfloat16 tiers: the block as it lies is the operand, the other one a sum of three bfloat16
+    terms, which is all of a float32."""
 
     def query(self, query: jax.Array) -> jax.Array:
         terms = []
@@ -124,21 +137,30 @@ class _Coded:
         return list(zip(laid_out(self.never, list(parts), self.words), weights, strict=True))
 
     def lacking(self, x: jax.Array) -> jax.Array:
-        """[..., H] times what the codes of each element lack: those of the last part are short of half their range (see `codec`)."""
-        return jnp.where(jnp.arange(self.head_dim) >= self.head_dim - self.words, x * 2.0 ** (self.spec.bits - 1), 0)
+        """[..., H] times what the codes of each element lack: those of the last part are short of
+        half their range (see `codec`)."""
+        return jnp.where(
+            jnp.arange(self.head_dim) >= self.head_dim - self.words,
+            x * 2.0 ** (self.spec.bits - 1),
+            0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenGroups(_Coded):
-    """Scales per token: factored out of the sum over the head dim for keys, into the weights for values.
+    """Scales per token: factored out of the sum over the head dim for keys, into the weights for
+    values.
 
-    A part of a word may share its group with other parts or hold several. Several are several sets of query rows, zero outside their
-    group, over the same codes: rows are cheap, and slicing the codes instead copied them at a tenth of the speed.
+    A part of a word may share its group with other parts or hold several. Several are several sets
+    of query rows, zero outside their group, over the same codes: rows are cheap, and slicing the
+    codes instead copied them at a tenth of the speed.
     """
 
     @property
     def group(self) -> int:
-        return min(self.spec.group_size or self.head_dim, self.head_dim)  # a group over all heads is one per head here
+        return min(
+            self.spec.group_size or self.head_dim, self.head_dim
+        )  # a group over all heads is one per head here
 
     @property
     def num_groups(self) -> int:
@@ -146,7 +168,9 @@ class TokenGroups(_Coded):
 
     def groups_of(self, part: int) -> range:
         """The groups that a part of a word touches."""
-        return range(part * self.words // self.group, ((part + 1) * self.words - 1) // self.group + 1)
+        return range(
+            part * self.words // self.group, ((part + 1) * self.words - 1) // self.group + 1
+        )
 
     def inside(self, part: int) -> jax.Array:
         """Which words of a part belong to which of its groups, [n, 1, W] bool."""
@@ -155,8 +179,13 @@ class TokenGroups(_Coded):
 
     def query(self, query: jax.Array) -> Any:
         fixed, unit = digits.of_signed(query)
-        rows = [jnp.where(self.inside(i), x[:, :, None], 0) for i, x in enumerate(self.parts(fixed))]  # [B, K, n, 3 R, W]
-        sums = [x.reshape(*x.shape[:-1], self.num_groups, self.group).sum(-1) for x in (query, self.lacking(query))]
+        rows = [
+            jnp.where(self.inside(i), x[:, :, None], 0) for i, x in enumerate(self.parts(fixed))
+        ]  # [B, K, n, 3 R, W]
+        sums = [
+            x.reshape(*x.shape[:-1], self.num_groups, self.group).sum(-1)
+            for x in (query, self.lacking(query))
+        ]
         return rows, jnp.concatenate(sums, axis=-1) / unit, unit
 
     def scores(self, operand: Any, block: Tokens) -> jax.Array:
@@ -171,10 +200,14 @@ class TokenGroups(_Coded):
         return score * unit
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        return [jnp.zeros((*shape, self.words))] * self.spec.codes_per_byte, jnp.zeros((*shape, 1 + 2 * self.num_groups))
+        return [jnp.zeros((*shape, self.words))] * self.spec.codes_per_byte, jnp.zeros(
+            (*shape, 1 + 2 * self.num_groups)
+        )
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
-        scale, zero_point = (jnp.where(valid[:, None, None], a, 0) for a in _scales(self.spec, block))
+        scale, zero_point = (
+            jnp.where(valid[:, None, None], a, 0) for a in _scales(self.spec, block)
+        )
         most = jnp.maximum(scale.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         relative, scale, zero_point = computed_once(self.never, (scale / most, scale, zero_point))
         rows: dict[range, jax.Array] = {}
@@ -185,20 +218,27 @@ class TokenGroups(_Coded):
                 shares = weights[:, :, None] * relative[:, :, groups.start : groups.stop, None]
                 rows[groups] = digits.of_fraction(computed_once(self.never, shares))
             found = digits.dot_rows(rows[groups], codes, -2)  # [B, K, n, R, W]
-            found = found * (most[:, :, groups.start : groups.stop, None] * (digits.FRACTION_UNIT * weight))
+            found = found * (
+                most[:, :, groups.start : groups.stop, None] * (digits.FRACTION_UNIT * weight)
+            )
             out.append(jnp.where(self.inside(part), found, 0).sum(2))
         columns = jnp.concatenate([jnp.ones_like(scale[:, :, :1]), zero_point, scale], axis=2)
-        return out, _dot(weights, jnp.broadcast_to(columns, (*weights.shape[:2], *columns.shape[2:])), -1)
+        return out, _dot(
+            weights, jnp.broadcast_to(columns, (*weights.shape[:2], *columns.shape[2:])), -1
+        )
 
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]:
         parts, sums = total
-        zero_point, scale = (jnp.repeat(x, self.group, axis=-1) for x in jnp.split(sums[..., 1:], 2, axis=-1))
+        zero_point, scale = (
+            jnp.repeat(x, self.group, axis=-1) for x in jnp.split(sums[..., 1:], 2, axis=-1)
+        )
         return jnp.concatenate(parts, axis=-1) + zero_point + self.lacking(scale), sums[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelGroups(_Coded):
-    """Scales per channel and group of tokens: factored into the query for keys, out of the sum over a group's tokens for values."""
+    """Scales per channel and group of tokens: factored into the query for keys, out of the sum over
+    a group's tokens for values."""
 
     def by_group(self, x: jax.Array) -> jax.Array:
         """[B, K, S, X] as [B, K, S // g, g, X]."""
@@ -222,9 +262,13 @@ class ChannelGroups(_Coded):
         return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
-        used = self.by_group(valid[:, None, :, None])[..., 0].any(-1)[..., None]  # [B, 1, S // g, 1]
+        used = self.by_group(valid[:, None, :, None])[..., 0].any(-1)[
+            ..., None
+        ]  # [B, 1, S // g, 1]
         scale, zero_point = (jnp.where(used, a, 0) for a in _scales(self.spec, block))
-        grouped = jnp.swapaxes(self.by_group(jnp.swapaxes(weights, -1, -2)), -1, -2)  # [B, K, S // g, R, g]
+        grouped = jnp.swapaxes(
+            self.by_group(jnp.swapaxes(weights, -1, -2)), -1, -2
+        )  # [B, K, S // g, R, g]
         fixed, totals = digits.of_fraction(grouped), jnp.swapaxes(grouped.sum(-1), -1, -2)
         out = []
         for part_scale, (codes, weight) in zip(self.parts(scale), self.codes(block), strict=True):
@@ -239,4 +283,6 @@ class ChannelGroups(_Coded):
 
 def _scales(spec: QuantSpec, block: Tokens) -> tuple[jax.Array, jax.Array]:
     assert block.scale is not None
-    return block.scale.astype(jnp.float32), codec.full_zero_point(spec, block.scale, block.zero_point)
+    return block.scale.astype(jnp.float32), codec.full_zero_point(
+        spec, block.scale, block.zero_point
+    )

@@ -1,12 +1,16 @@
-"""How the GPU kernel reads each format: tiles of 16-bit operands for the matrix units, scales and offsets beside them.
+"""How the GPU kernel reads each format: tiles of 16-bit operands for the matrix units, scales and
+offsets beside them.
 
-A head lies in `count` tiles of `size` elements, tile j elements [j * size, (j + 1) * size), chosen such that a tile is one part of some
-words (`codec.split`) and has one scale per token. An element is `scale * operand + offset`, and only the operand meets the matrix units:
-keys give `scale * dot(query, operand) + offset * sum(query)`, values `dot(weights * scale, operand) + sum(weights * offset)`.
-The masked bits of a word are the operand, but for a power of two that the query or the finished output takes; what the last part's codes
-lack joins the offset. Formats without a scale per token (floats, groups of tokens, groups of few elements) are operands of two terms.
+A head lies in `count` tiles of `size` elements, tile j elements [j * size, (j + 1) * size), chosen
+such that a tile is one part of some words (`codec.split`) and has one scale per token. An element
+is `scale * operand + offset`, and only the operand meets the matrix units: keys give `scale *
+dot(query, operand) + offset * sum(query)`, values `dot(weights * scale, operand) + sum(weights *
+offset)`. The masked bits of a word are the operand, but for a power of two that the query or the
+finished output takes; what the last part's codes lack joins the offset. Formats without a scale per
+token (floats, groups of tokens, groups of few elements) are operands of two terms.
 
-Every operand is bfloat16: codes are exact in it, and no product leaves its range. Floats enter as two terms, off by 2**-17 of themselves.
+Every operand is bfloat16: codes are exact in it, and no product leaves its range. Floats enter as
+two terms, off by 2**-17 of themselves.
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from jaxkv.config import Format, Precision, QuantSpec
+from jaxkv.formats import Format, Precision, QuantSpec
 
 LEAST = 16
 """The fewest rows or columns of a matrix unit's tile."""
 
 Refs = Any  # `Tokens` of one side, whole arrays in device memory
-Kind = tuple[int, bool]  # what tiles differ in by offset: their group, and whether they are of the words' last part
+Kind = tuple[
+    int, bool
+]  # what tiles differ in by offset: their group, and whether they are of the words' last part
 
 
 def padded(size: int) -> int:
@@ -38,9 +44,12 @@ def padded(size: int) -> int:
 def two_terms(x: jax.Array) -> list[jax.Array]:
     """Float32 as the sum of two bfloat16, off by 2**-17 of itself at most.
 
-    The first term is cut off with bits, not rounded: XLA takes a cast to bfloat16 and back for nothing and would leave no rest.
+    The first term is cut off with bits, not rounded: XLA takes a cast to bfloat16 and back for
+    nothing and would leave no rest.
     """
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**16)), jnp.float32)
+    high = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**16)), jnp.float32
+    )
     return [high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)]
 
 
@@ -51,13 +60,22 @@ class Block:
     place: tuple[Any, ...]  # index of the layer (where there are any), row and kv head in the data
     slot: jax.Array
     inside: jax.Array | None  # which slots exist; None if all do
-    valid: jax.Array | None  # which slots must not spoil a sum, whatever they hold: those of no token; None if that does not matter
+    # which slots must not spoil a sum, whatever they hold: those of no token; None if that does
+    # not matter
+    valid: jax.Array | None
 
-    def tile(self, ref: Any, rows: jax.Array, columns: jax.Array, width: int, mask: jax.Array | None) -> jax.Array:
-        """[S, C] of an array [..., rows, columns]; zeros where not `mask` [S], and for the columns from `width` on."""
+    def tile(
+        self, ref: Any, rows: jax.Array, columns: jax.Array, width: int, mask: jax.Array | None
+    ) -> jax.Array:
+        """[S, C] of an array [..., rows, columns]; zeros where not `mask` [S], and for the columns
+        from `width` on."""
         index = (*self.place[:-1], self.place[-1] if ref.shape[-3] > 1 else 0, rows, columns)
         shape = (self.slot.shape[0], max(rows.shape[-1], columns.shape[-1]))
-        keep = None if width == shape[1] else jnp.broadcast_to(jnp.arange(shape[1])[None] < width, shape)
+        keep = (
+            None
+            if width == shape[1]
+            else jnp.broadcast_to(jnp.arange(shape[1])[None] < width, shape)
+        )
         if mask is not None:
             keep = mask[:, None] if keep is None else keep & mask[:, None]
         return _load(ref.at[index], None if keep is None else jnp.broadcast_to(keep, shape))
@@ -69,14 +87,19 @@ class Block:
         return found if self.valid is None else jnp.where(self.valid, found, 0)
 
     def by_token(self, ref: Any, unit: Any, group: int) -> Any:
-        """The scales or zero points [S] of a group, in units where they have two levels; None where absent."""
+        """The scales or zero points [S] of a group, in units where they have two levels; None where
+        absent."""
         if ref is None:
             return None
         return self.row(ref, group) if unit is None else self.row(ref, group) * self.row(unit, 0)
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
-    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+    return (
+        plgpu.load(ref)
+        if mask is None
+        else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +148,13 @@ class Side:
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
         """The terms [S, padded(size)] bfloat16 of every tile, zeros beyond `size`."""
         columns = jnp.arange(padded(self.size))[None]
-        data = block.tile(refs.data, block.slot[:, None], columns, self.size, block.inside if block.valid is None else block.valid)
+        data = block.tile(
+            refs.data,
+            block.slot[:, None],
+            columns,
+            self.size,
+            block.inside if block.valid is None else block.valid,
+        )
         if data.dtype == jnp.int16:
             return [[lax.bitcast_convert_type(data, jnp.bfloat16)]]
         return [two_terms(data.astype(jnp.float32))]
@@ -173,7 +202,8 @@ def _int8(bits: int) -> np.int8:
 
 
 class TokenGroups(_Coded):
-    """Groups of elements of one token: a tile is what a group and a part of the words have in common."""
+    """Groups of elements of one token: a tile is what a group and a part of the words have in
+    common."""
 
     @property
     def size(self) -> int:
@@ -188,7 +218,9 @@ class TokenGroups(_Coded):
     @property
     def kinds(self) -> list[Kind]:
         found = dict.fromkeys(self.kind(tile) for tile in range(self.count))
-        return [kind for kind in found if not (self.fmt.symmetric and kind[1])]  # a last part is centred as it is
+        return [
+            kind for kind in found if not (self.fmt.symmetric and kind[1])
+        ]  # a last part is centred as it is
 
     def scale(self, refs: Refs, block: Block, group: int) -> jax.Array:
         return block.by_token(refs.scale, refs.scale_unit, group)
@@ -202,26 +234,39 @@ class TokenGroups(_Coded):
 
 
 class Dequantized(_Coded):
-    """Groups of tokens, and groups of too few elements for a tile: dequantized in registers, a tile for each part of the words."""
+    """Groups of tokens, and groups of too few elements for a tile: dequantized in registers, a tile
+    for each part of the words."""
 
     @property
     def size(self) -> int:
         return self.words
 
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
-        return [two_terms(self.dequantized(refs, block, tile, words)) for tile, words in enumerate(self.masked(refs, block))]
+        return [
+            two_terms(self.dequantized(refs, block, tile, words))
+            for tile, words in enumerate(self.masked(refs, block))
+        ]
 
     def dequantized(self, refs: Refs, block: Block, tile: int, words: jax.Array) -> jax.Array:
         codes = words.astype(jnp.float32) * 2.0 ** (-self.fmt.bits * self.part(tile))
         scale = self.by_element(refs.scale, refs.scale_unit, block, tile)
-        return codes * scale + self.shift(scale, self.by_element(refs.zero_point, refs.zero_unit, block, tile), self.is_last(tile))
+        return codes * scale + self.shift(
+            scale, self.by_element(refs.zero_point, refs.zero_unit, block, tile), self.is_last(tile)
+        )
 
     def by_element(self, ref: Any, unit: Any, block: Block, tile: int) -> Any:
         """The scales or zero points [S, padded(size)] of a tile's elements."""
         if ref is None:
             return None
-        slots, elements = block.slot[:, None], tile * self.size + jnp.arange(padded(self.size))[None]
-        index = (slots // self.group, elements) if self.fmt.axis == "channel" else (elements // self.group, slots)
+        slots, elements = (
+            block.slot[:, None],
+            tile * self.size + jnp.arange(padded(self.size))[None],
+        )
+        index = (
+            (slots // self.group, elements)
+            if self.fmt.axis == "channel"
+            else (elements // self.group, slots)
+        )
         mask = block.inside if block.valid is None else block.valid
         found = block.tile(ref, *index, self.size, mask).astype(jnp.float32)
         return found if unit is None else found * block.row(unit, 0)[:, None]

@@ -1,16 +1,20 @@
-"""One tier's partial attention as a GPU kernel: packed codes are read once, unpacked in registers and never written back.
+"""One tier's partial attention as a GPU kernel: packed codes are read once, unpacked in registers
+and never written back.
 
-The grid is (split, kv head and chunk of queries, row). A program walks its share of the row's blocks of slots with an online softmax.
-Bounds are read inside: capacity without tokens, or beyond a window, costs nothing, and the splits share evenly what there is, so that one
-long sequence fills the chip. Their partial results are merged after (`_over_splits`).
+The grid is (split, kv head and chunk of queries, row). A program walks its share of the row's
+blocks of slots with an online softmax. Bounds are read inside: capacity without tokens, or beyond a
+window, costs nothing, and the splits share evenly what there is, so that one long sequence fills
+the chip. Their partial results are merged after (`_over_splits`).
 
-All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16 terms (`pallas_codes`) stacked in the
-rows, of which a matrix unit has 16 at least: the second term of up to 8 queries is free. A product of two numbers is off by 2**-16 of
-itself at most, in bfloat16 attention by 2**-8.
+All queries of a kv head are rows of one matrix product. Queries and weights enter as two bfloat16
+terms (`pallas_codes`) stacked in the rows, of which a matrix unit has 16 at least: the second term
+of up to 8 queries is free. A product of two numbers is off by 2**-16 of itself at most, in bfloat16
+attention by 2**-8.
 
-The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the reason to write for Mosaic GPU, and
-Triton pipelines the loads, unpacks in registers and runs on every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12);
-`on_triton` is the one place that knows it, besides masked loads and stores.
+The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the
+reason to write for Mosaic GPU, and Triton pipelines the loads, unpacks in registers and runs on
+every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12); `on_triton` is the one
+place that knows it, besides masked loads and stores.
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ from jaxkv.kernels.pallas_codes import padded, side
 from jaxkv.kernels.pallas_kernel import Plan, kernel
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
-from jaxkv.tokens import Index
+from jaxkv.tiers.tokens import Index
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the work is cut, and what the compiler is told. The defaults are for Hopper, chosen by the machine code (see `warps`)."""
+    """How the work is cut, and what the compiler is told. The defaults are for Hopper, chosen by
+    the machine code (see `warps`)."""
 
     slots: int = 64  # of a block, a power of two
     rows: int = 16  # queries of a program at most: twice as many spill registers
@@ -44,7 +49,8 @@ class Tuning:
     num_stages: int = 3
 
     def warps(self, rows: int, head_dim: int) -> int:
-        """Two warps need 42 instructions a token and head of 128 4-bit codes, four need 54; more rows or elements would spill."""
+        """Two warps need 42 instructions a token and head of 128 4-bit codes, four need 54; more
+        rows or elements would spill."""
         return self.num_warps * (2 if rows > 8 or head_dim > 128 else 1)
 
 
@@ -53,7 +59,8 @@ TUNING = Tuning()
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the queries may look at, R of them as the kernel's rows. Positions are the row's own, int32."""
+    """What the queries may look at, R of them as the kernel's rows. Positions are the row's own,
+    int32."""
 
     upto: jax.Array  # [B, R]: the last one that a query sees; -1 if none
     since: jax.Array | None = None  # [B, R]: the first one, but for the sinks; None: no window
@@ -61,9 +68,16 @@ class Limits:
 
 
 def partial_attention(
-    part: Segment, query: jax.Array, limits: Limits, layer: Index, *, tuning: Tuning | None = None, interpret: bool = False
+    part: Segment,
+    query: jax.Array,
+    limits: Limits,
+    layer: Index,
+    *,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
 ) -> Partial:
-    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as `xla.partial_attention`: a Partial [B, K, R].
+    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as
+    `xla.partial_attention`: a Partial [B, K, R].
 
     Queries and result are in the basis of the codes.
     """
@@ -72,13 +86,29 @@ def partial_attention(
     chunks = pl.cdiv(r, rows)
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
     windowed, layered = limits.since is not None, layer is not None
-    plan = Plan(side(spec.key, h), side(spec.value, h), spec.capacity, spec.offset, rows, tuning.slots, splits, windowed, layered)
+    plan = Plan(
+        side(spec.key, h),
+        side(spec.value, h),
+        spec.capacity,
+        spec.offset,
+        rows,
+        tuning.slots,
+        splits,
+        windowed,
+        layered,
+    )
     partials = _call(plan, (*_bounds(part, limits, layer), query), part.tier, tuning, interpret)
-    return Partial(*(x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r] for x in _over_splits(plan, *partials)))
+    return Partial(
+        *(
+            x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r]
+            for x in _over_splits(plan, *partials)
+        )
+    )
 
 
 def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, 4]: the first position that any query sees, the tier's end, the sinks' end, the layer; then the queries' limits."""
+    """[B, 4]: the first position that any query sees, the tier's end, the sinks' end, the layer;
+    then the queries' limits."""
     base = jnp.zeros_like(part.low) if part.base is None else part.base
     upto = limits.upto - base[:, None]
     low, sinks = part.low, limits.sinks - base
@@ -90,23 +120,32 @@ def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax
     return jnp.stack([low, part.high, sinks, number], axis=1), upto, since
 
 
-def _over_splits(plan: Plan, out: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Merges partial results [B, K * chunks, splits, (tiles + 1,) rows(, C)], as `softmax.merge`, into [B, K * chunks, rows(, H)]."""
+def _over_splits(
+    plan: Plan, out: jax.Array, top: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Merges partial results [B, K * chunks, splits, (tiles + 1,) rows(, C)], as `softmax.merge`,
+    into [B, K * chunks, rows(, H)]."""
     highest = top.max(2)
     merged = (out * jnp.exp(top - highest[:, :, None])[:, :, :, None, :, None]).sum(2)
     tiles = jnp.swapaxes(merged[:, :, :-1, :, : plan.value.size], 2, 3)
     return tiles.reshape(*highest.shape, -1), highest, merged[:, :, -1, :, 0]
 
 
-def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool) -> Any:
+def _call(
+    plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool
+) -> Any:
     bounds, upto, _, query = small
     chunks, stored = pl.cdiv(upto.shape[1], plan.rows), (tier.keys, tier.values)
     grid = plan.splits, query.shape[1] * chunks, query.shape[0]
 
     def result(*sizes: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         shape = (*reversed(grid[1:]), plan.splits, *sizes)
-        kind = jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(query).manual_axis_type)
-        return pl.BlockSpec((None, None, None, *sizes), lambda s, c, b: (b, c, s, *(0,) * len(sizes))), kind
+        kind = jax.ShapeDtypeStruct(
+            shape, jnp.float32, manual_axis_type=jax.typeof(query).manual_axis_type
+        )
+        return pl.BlockSpec(
+            (None, None, None, *sizes), lambda s, c, b: (b, c, s, *(0,) * len(sizes))
+        ), kind
 
     outs = [result(plan.value.count + 1, plan.rows, padded(plan.value.size)), result(plan.rows)]
     return on_triton(
@@ -116,7 +155,10 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
         tuning.num_stages,
         grid=grid,
         in_specs=[
-            *[pl.BlockSpec((None, array.shape[1]), lambda s, c, b: (b, 0)) for array in (bounds, upto, upto)],
+            *[
+                pl.BlockSpec((None, array.shape[1]), lambda s, c, b: (b, 0))
+                for array in (bounds, upto, upto)
+            ],
             pl.BlockSpec((None, None, *query.shape[2:]), lambda s, c, b: (b, c // chunks, 0, 0)),
             *jax.tree.map(lambda _: pl.BlockSpec(), stored),
         ],
@@ -126,8 +168,12 @@ def _call(plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, 
     )(*small, *stored)
 
 
-def on_triton(kernel: Callable[..., None], name: str, num_warps: int, num_stages: int, **call: Any) -> Callable[..., Any]:
+def on_triton(
+    kernel: Callable[..., None], name: str, num_warps: int, num_stages: int, **call: Any
+) -> Callable[..., Any]:
     """`pl.pallas_call` on the Triton backend."""
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)  # it comes at lowering, after this
+    warnings.filterwarnings(
+        "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+    )  # it comes at lowering, after this
     params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return pl.pallas_call(kernel, compiler_params=params, name=name, **call)

@@ -1,4 +1,5 @@
-"""The body of the GPU kernel: one program's walk over blocks of slots. R rows (queries), S slots of a block, C elements of a tile."""
+"""The body of the GPU kernel: one program's walk over blocks of slots. R rows (queries), S slots of
+a block, C elements of a tile."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Plan:
         return pl.cdiv(self.capacity, self.slots)
 
 
-def kernel(plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, keys: Refs, values: Refs, *outs: Any) -> None:
+def kernel(
+    plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, keys: Refs, values: Refs, *outs: Any
+) -> None:
     chunks = pl.cdiv(query.shape[0], plan.rows)
     place = (*((bounds[3],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
     rows = pl.program_id(1) % chunks * plan.rows + jnp.arange(plan.rows)
@@ -63,17 +66,27 @@ def _of_rows(limit: Any, rows: jax.Array) -> jax.Array:
 
 
 def _queries(key: Side, query: Any, rows: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Some rows of the queries [..., H] as an operand of every tile, and their sums [R] for every kind of offset; for powers of 2."""
+    """Some rows of the queries [..., H] as an operand of every tile, and their sums [R] for every
+    kind of offset; for powers of 2."""
     columns, row = jnp.arange(padded(key.size))[None], rows[:, None]
     keep = (columns < key.size) & (row < query.shape[0])
-    tiles = [plgpu.load(query.at[row, tile * key.size + columns], mask=keep, other=0.0) for tile in range(key.count)]
+    tiles = [
+        plgpu.load(query.at[row, tile * key.size + columns], mask=keep, other=0.0)
+        for tile in range(key.count)
+    ]
     tiles = [x * math.log2(math.e) for x in tiles]
-    sums = [_sum([x.sum(1) for tile, x in enumerate(tiles) if key.kind(tile) == kind]) for kind in key.kinds]
+    sums = [
+        _sum([x.sum(1) for tile, x in enumerate(tiles) if key.kind(tile) == kind])
+        for kind in key.kinds
+    ]
     return [_stacked(two_terms(x * key.weight(tile))) for tile, x in enumerate(tiles)], sums
 
 
-def steps(plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A split's share of the blocks that hold positions [low, stop), counted around the ring from the one that holds `low`."""
+def steps(
+    plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A split's share of the blocks that hold positions [low, stop), counted around the ring from
+    the one that holds `low`."""
     first, last = (low - plan.offset) % plan.capacity, (stop - 1 - plan.offset) % plan.capacity
     blocks = last // plan.slots - first // plan.slots + 1
     blocks = jnp.minimum(jnp.where(first <= last, blocks, blocks + plan.blocks), plan.blocks)
@@ -84,10 +97,13 @@ def steps(plan: Plan, low: jax.Array, stop: jax.Array, split: jax.Array) -> tupl
 
 
 def _block(plan: Plan, span: Any, place: Any, step: jax.Array) -> tuple[Block, jax.Array]:
-    """The block of a step, and the positions in its slots: `ring.position_of` with one division for all slots."""
+    """The block of a step, and the positions in its slots: `ring.position_of` with one division for
+    all slots."""
     low, stop, end = span
     index = (low - plan.offset) % plan.capacity // plan.slots + step
-    slot = jnp.where(index < plan.blocks, index, index - plan.blocks) * plan.slots + jnp.arange(plan.slots, dtype=jnp.int32)
+    slot = jnp.where(index < plan.blocks, index, index - plan.blocks) * plan.slots + jnp.arange(
+        plan.slots, dtype=jnp.int32
+    )
     newest = (end - 1 - plan.offset) % plan.capacity
     position = slot + (end - 1 - newest) - jnp.where(slot > newest, plan.capacity, 0)
     valid = (position >= low) & (position < stop)
@@ -98,20 +114,37 @@ def _block(plan: Plan, span: Any, place: Any, step: jax.Array) -> tuple[Block, j
 def _seen(limits: Any, position: jax.Array) -> jax.Array:
     upto, since, sinks = limits
     seen = position[None] <= upto[:, None]
-    return seen if since is None else seen & ((position[None] >= since[:, None]) | (position < sinks)[None])
+    return (
+        seen
+        if since is None
+        else seen & ((position[None] >= since[:, None]) | (position < sinks)[None])
+    )
 
 
-def _scores(key: Side, queries: list[jax.Array], sums: list[jax.Array], refs: Refs, block: Block) -> jax.Array:
+def _scores(
+    key: Side, queries: list[jax.Array], sums: list[jax.Array], refs: Refs, block: Block
+) -> jax.Array:
     operands, parts = key.operands(refs, block), []
     for group, tiles in key.groups.items():
-        found = _joined(_sum([_dot(queries[tile], term, 1) for tile in tiles for term in operands[tile]]))
+        found = _joined(
+            _sum([_dot(queries[tile], term, 1) for tile in tiles for term in operands[tile]])
+        )
         scale = key.scale(refs, block, group)
         parts.append(found if scale is None else found * scale[None])
-    return _sum([*parts, *(key.offset(refs, block, kind)[None] * x[:, None] for kind, x in zip(key.kinds, sums, strict=True))])
+    return _sum(
+        [
+            *parts,
+            *(
+                key.offset(refs, block, kind)[None] * x[:, None]
+                for kind, x in zip(key.kinds, sums, strict=True)
+            ),
+        ]
+    )
 
 
 def _accumulate(value: Side, scores: jax.Array, carry: Any, refs: Refs, block: Block) -> Any:
-    """A step of the online softmax. What needs no matrix product is summed slot by slot and joined at the end: no reductions here."""
+    """A step of the online softmax. What needs no matrix product is summed slot by slot and joined
+    at the end: no reductions here."""
     top, total, shifts, outs = carry
     new_top = jnp.maximum(top, scores.max(1))
     weights, decay = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)[:, None]
@@ -120,13 +153,19 @@ def _accumulate(value: Side, scores: jax.Array, carry: Any, refs: Refs, block: B
         scale = value.scale(refs, block, group)
         rows = _stacked(two_terms(weights if scale is None else weights * scale[None]))
         for tile in tiles:
-            new[tile] = outs[tile] * decay + _joined(_sum([_dot(rows, term, 0) for term in operands[tile]]))
-    shifts = [x * decay + weights * value.offset(refs, block, kind)[None] for kind, x in zip(value.kinds, shifts, strict=True)]
+            new[tile] = outs[tile] * decay + _joined(
+                _sum([_dot(rows, term, 0) for term in operands[tile]])
+            )
+    shifts = [
+        x * decay + weights * value.offset(refs, block, kind)[None]
+        for kind, x in zip(value.kinds, shifts, strict=True)
+    ]
     return new_top, total * decay + weights, shifts, new
 
 
 def _finish(value: Side, carry: Any, out_ref: Any, top_ref: Any) -> None:
-    """Stores the partial result; the sum of weights as one more tile, so that one pass merges all."""
+    """Stores the partial result; the sum of weights as one more tile, so that one pass merges
+    all."""
     top, total, shifts, outs = carry
     by_kind = {kind: x.sum(1)[:, None] for kind, x in zip(value.kinds, shifts, strict=True)}
     for tile, out in enumerate(outs):
@@ -140,7 +179,9 @@ def _sum(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
-    return lax.dot_general(a, b, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _stacked(terms: list[jax.Array]) -> jax.Array:

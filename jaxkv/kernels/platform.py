@@ -15,7 +15,8 @@ def name() -> str:
 
 
 def visits_rows() -> bool:
-    """Whether a batch may be taken apart: on CPUs, unless its rows may lie on several devices (only manual meshes tell)."""
+    """Whether a batch may be taken apart: on CPUs, unless its rows may lie on several devices (only
+    manual meshes tell)."""
     mesh = jax.sharding.get_abstract_mesh()
     is_own = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
     return name() == "cpu" and (is_own or jax.device_count() == 1)
@@ -32,4 +33,5 @@ def no_gpu() -> str | None:
         enough = float(capability) >= LEAST_CAPABILITY
     except ValueError:  # AMD's names
         enough = False
-    return None if enough else f"it needs an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, not {capability}"
+    least = f"compute capability {LEAST_CAPABILITY} or more"
+    return None if enough else f"it needs an NVIDIA GPU of {least}, not {capability}"

@@ -1,9 +1,12 @@
-"""One tier's partial attention in plain XLA, for every platform: blocks of slots, each unpacked in cache and merged online.
+"""One tier's partial attention in plain XLA, for every platform: blocks of slots, each unpacked in
+cache and merged online.
 
-A block is read where it lies, unpacked to int8 and dotted with the query's digits (`formats`, `digits`); scales multiply scores and
-probabilities, never codes. Nothing is written that grows with the tier. The loop visits the blocks that hold tokens, so cost follows the
-tokens held, not the capacity. On CPUs the rows of a large batch come one after the other, each with a loop of its own length and with
-blocks that are large enough: 8 ragged rows take half the time that they take together.
+A block is read where it lies, unpacked to int8 and dotted with the query's digits (`formats`,
+`digits`); scales multiply scores and probabilities, never codes. Nothing is written that grows with
+the tier. The loop visits the blocks that hold tokens, so cost follows the tokens held, not the
+capacity. On CPUs the rows of a large batch come one after the other, each with a loop of its own
+length and with blocks that are large enough: 8 ragged rows take half the time that they take
+together.
 """
 
 from __future__ import annotations
@@ -17,33 +20,44 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring
-from jaxkv.config import QuantSpec
+from jaxkv.formats import QuantSpec
 from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
 from jaxkv.softmax import FLOOR, Partial
 from jaxkv.state import Segment
-from jaxkv.tokens import Index, only
+from jaxkv.tiers.tokens import Index, only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)
-"""A block has at most so many bytes of codes and so many scores; fewer slots are not worth a block's fixed cost (the second: for scores).
+"""A block has at most so many bytes of codes and so many scores; fewer slots are not worth a
+block's fixed cost (the second: for scores).
 
-XLA:CPU splits an operation on more of them between its threads, which costs more in wake-ups and in caches than it gains: at 16k tokens a
-program that stays on one core takes 6 ms, one whose every operation uses two takes 8.
+XLA:CPU splits an operation on more of them between its threads, which costs more in wake-ups and in
+caches than it gains: at 16k tokens a program that stays on one core takes 6 ms, one whose every
+operation uses two takes 8.
 """
 
 LAUNCHED = 2**24, 2**22
-"""The bytes and the scores of a block everywhere but on CPUs: each of two dozen operations is a launch, each turn of the loop a wait."""
+"""The bytes and the scores of a block everywhere but on CPUs: each of two dozen operations is a
+launch, each turn of the loop a wait."""
 
 Visible = Callable[[jax.Array, Index], jax.Array]
-"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...] where one is named."""
+"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...]
+where one is named."""
 
 Adjust = Callable[[jax.Array, jax.Array, Index], jax.Array]
 """(scores [B, K, G, T, S], positions [B, S]) -> scores; of one row [1, ...] where one is named."""
 
 
-def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None, newest: jax.Array, layer: Index) -> Partial:
+def partial_attention(
+    part: Segment,
+    query: jax.Array,
+    visible: Visible,
+    adjust: Adjust | None,
+    newest: jax.Array,
+    layer: Index,
+) -> Partial:
     """Attention of scaled queries over the tokens of one tier.
 
     Args:
@@ -55,16 +69,24 @@ def partial_attention(part: Segment, query: jax.Array, visible: Visible, adjust:
     Returns:
       A Partial of shape [B, K, R], in the basis of the raw tokens.
     """
-    # Outside the loop over rows: XLA:CPU copies an array [B, 1, S, W] that is carried around a loop.
+    # Outside the loop over rows: XLA:CPU copies an array [B, 1, S, W] that is carried around a
+    # loop.
     sides = Blocks.of(part.tier.keys, part.spec.key), Blocks.of(part.tier.values, part.spec.value)
-    is_large = min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size) < SLOTS[1]
+    is_large = (
+        min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size)
+        < SLOTS[1]
+    )
     if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
         return _attend(part, sides, query, visible, adjust, newest, layer, None)
 
     def of_row(row: jax.Array) -> Partial:
         base = None if part.base is None else only(part.base, row)
-        own = dataclasses.replace(part, low=only(part.low, row), high=only(part.high, row), base=base)
-        found = _attend(own, sides, only(query, row), visible, adjust, only(newest, row), layer, row)
+        own = dataclasses.replace(
+            part, low=only(part.low, row), high=only(part.high, row), base=base
+        )
+        found = _attend(
+            own, sides, only(query, row), visible, adjust, only(newest, row), layer, row
+        )
         return jax.tree.map(lambda x: x.squeeze(0), found)
 
     found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))
@@ -81,16 +103,20 @@ def _attend(
     layer: Index,
     row: Index,
 ) -> Partial:
-    """`partial_attention` over all rows at once, or of one row, in which only the tier still has the others."""
+    """`partial_attention` over all rows at once, or of one row, in which only the tier still has
+    the others."""
     spec, (keys, values) = part.spec, sides
     size = _block_size(part, query)
-    never = part.high[0] == -1  # the compiler sees through `< 0` where positions are a maximum with 0
+    never = (
+        part.high[0] == -1
+    )  # the compiler sees through `< 0` where positions are a maximum with 0
     key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
     operand = key.query(query)
 
     def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         top, total = carry
-        # The last block of a ring that is no multiple of the block starts early; slots that were seen before are masked.
+        # The last block of a ring that is no multiple of the block starts early; slots that were
+        # seen before are masked.
         start = jnp.minimum(index * size, spec.capacity - size)
         slot = start + jnp.arange(size, dtype=jnp.int32)[None]
         position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
@@ -100,14 +126,21 @@ def _attend(
         scores = key.scores(operand, keys.at(start, size, layer, row))
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)
-        scores = computed_once(never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape))
+        scores = computed_once(
+            never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
+        )
         new_top = jnp.maximum(top, scores.max(-1))
-        # Never above 1, also where a platform computes a score twice with other rounding: its digits would start again at 0.
-        weights, decay = jnp.exp(jnp.minimum(scores - new_top[..., None], 0)), jnp.exp(top - new_top)[..., None]
+        # Never above 1, also where a platform computes a score twice with other rounding: its
+        # digits would start again at 0.
+        weights, decay = (
+            jnp.exp(jnp.minimum(scores - new_top[..., None], 0)),
+            jnp.exp(top - new_top)[..., None],
+        )
         more = value.weigh(weights, values.at(start, size, layer, row), valid)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
-    # Under shard_map a loop's carry must start out as varying over the mesh as it will become: zeros made of the operands do.
+    # Under shard_map a loop's carry must start out as varying over the mesh as it will become:
+    # zeros made of the operands do.
     zero = query[..., 0] * 0 + (part.low * 0)[:, None, None]
     carry = FLOOR + zero, jax.tree.map(lambda x: x + zero[..., None], value.zeros(query.shape[:3]))
     if spec.capacity <= size:
@@ -122,10 +155,13 @@ def _block_size(part: Segment, query: jax.Array) -> int:
     """Slots per block, whole groups of tokens."""
     rows, tile = query.size // query.shape[-1], _slot_bytes(part, query)
     key = part.spec.key
-    of_parts = SCORES // 2 if isinstance(key, QuantSpec) and key.bits == 2 else SCORES  # a sum of four products is split sooner
+    of_parts = (
+        SCORES // 2 if isinstance(key, QuantSpec) and key.bits == 2 else SCORES
+    )  # a sum of four products is split sooner
     bytes_, scores = (TILE_BYTES, of_parts) if platform.name() == "cpu" else LAUNCHED
     most = max(SLOTS[0], min(bytes_ // tile, max(SLOTS[1], scores // rows)))
-    # No more blocks than that makes, and all alike: the last one looks at slots again where it is not full (a fifth of the time at 2,000).
+    # No more blocks than that makes, and all alike: the last one looks at slots again where it is
+    # not full (a fifth of the time at 2,000).
     capacity, unit = part.spec.capacity, part.spec.group if part.spec.group > 1 else 32
     even = -(-capacity // -(-capacity // most))
     return min(capacity, -(-even // unit) * unit)
@@ -141,7 +177,10 @@ def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array
     """The blocks [first, stop) that hold any row's positions in [low, min(high, newest + 1))."""
     offset, capacity = part.spec.offset, part.spec.capacity
     newest = newest if part.base is None else newest - part.base
-    low, high = part.low - offset, jnp.maximum(jnp.minimum(part.high, newest + 1), part.low) - offset
+    low, high = (
+        part.low - offset,
+        jnp.maximum(jnp.minimum(part.high, newest + 1), part.low) - offset,
+    )
     # Slots are contiguous unless the range passes the ring's seam; an empty range asks for nothing.
     seam = low // capacity != (high - 1) // capacity
     empty = low >= high

@@ -1,4 +1,5 @@
-"""The object API: caches, buffers and pools with the original's names, over the pure functions of `jaxkv`."""
+"""The object API: caches, buffers and pools with the original's names, over the pure functions of
+`jaxkv`."""
 
 from jaxkv.objects.buffer_pool import BufferPool, BufferPoolStats, BufferSize, PooledBuffer
 from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats

@@ -1,7 +1,9 @@
-"""Flat or shaped, NumPy or JAX: what callers pass in, brought to what the pure functions take, and back.
+"""Flat or shaped, NumPy or JAX: what callers pass in, brought to what the pure functions take, and
+back.
 
-A compiled function exists for few sizes only: 1, and the powers of two up to `PIECE`. Other numbers of tokens are filled up with zeros
-to the next of them and come with their true length; more than `PIECE` tokens come in several pieces of that size.
+A compiled function exists for few sizes only: 1, and the powers of two up to `PIECE`. Other numbers
+of tokens are filled up with zeros to the next of them and come with their true length; more than
+`PIECE` tokens come in several pieces of that size.
 """
 
 from __future__ import annotations
@@ -53,7 +55,13 @@ def check_query(query: Any, heads: int, head_dim: int) -> Any:
       KvCacheError: not whole heads, or no multiple of the kv heads.
     """
     query = _as_array("query", query)
-    rows = query.size // head_dim if query.ndim == 1 else query.shape[-2] if query.ndim in (2, 3) else 0
+    rows = (
+        query.size // head_dim
+        if query.ndim == 1
+        else query.shape[-2]
+        if query.ndim in (2, 3)
+        else 0
+    )
     whole = query.size % head_dim == 0 if query.ndim == 1 else query.shape[-1:] == (head_dim,)
     if not whole or not query.size or rows % heads:
         raise KvCacheError(
@@ -66,7 +74,10 @@ def check_query(query: Any, heads: int, head_dim: int) -> Any:
 def _as_array(name: str, given: Any) -> Any:
     array = given if isinstance(given, (jax.Array, np.ndarray)) else np.asarray(given)
     if isinstance(array, jax.core.Tracer):
-        raise KvCacheError(f"{name} is traced: inside jit use the pure functions (jaxkv.append, jaxkv.attend) on a CacheState")
+        raise KvCacheError(
+            f"{name} is traced: inside jit use the pure functions (jaxkv.append, jaxkv.attend) on "
+            "a CacheState"
+        )
     if not jnp.issubdtype(array.dtype, jnp.floating) and array.size:
         raise KvCacheError(f"{name}.dtype={array.dtype}: must be a float; cast it first")
     return array
@@ -78,7 +89,10 @@ def _token_count(name: str, array: Any, heads: int, head_dim: int) -> int:
         return int(array.size // stride)
     if array.ndim == 3 and array.shape[1:] == (heads, head_dim):
         return int(array.shape[0])
-    raise KvCacheError(f"{name}.shape={array.shape}: must be [T, {heads}, {head_dim}], or flat with a multiple of {stride} elements")
+    raise KvCacheError(
+        f"{name}.shape={array.shape}: must be [T, {heads}, {head_dim}], or flat with a multiple "
+        f"of {stride} elements"
+    )
 
 
 def bucket(size: int) -> int:
@@ -87,9 +101,11 @@ def bucket(size: int) -> int:
 
 
 def pieces(tokens: Any, size: int, shape: tuple[int, int]) -> list[Any]:
-    """Tokens, flat or [T, K, H], as arrays of a size that is compiled; they share no memory with a caller's NumPy array.
+    """Tokens, flat or [T, K, H], as arrays of a size that is compiled; they share no memory with a
+    caller's NumPy array.
 
-    JAX reads a NumPy argument after the call has returned, so what the caller may overwrite is copied.
+    JAX reads a NumPy argument after the call has returned, so what the caller may overwrite is
+    copied.
     """
     width = bucket(size) if size <= PIECE else PIECE
     count = -(-size // width)
@@ -102,7 +118,8 @@ def pieces(tokens: Any, size: int, shape: tuple[int, int]) -> list[Any]:
 def fill(x: Any, size: int) -> Any:
     """x [T, ...] with zero rows added up to [size, ...]; a copy.
 
-    On the CPU NumPy does it, so that no program is compiled for each T; arrays on another device stay there.
+    On the CPU NumPy does it, so that no program is compiled for each T; arrays on another device
+    stay there.
     """
     if _on_accelerator(x):
         return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

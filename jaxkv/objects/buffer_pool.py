@@ -36,8 +36,9 @@ class BufferSize(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class BufferPoolStats:
-    """What a pool has done: buffers reused (hits) and allocated on demand (misses), taken back (returns) and freed because their class
-    was full (drops). `free_buffers` counts those at rest, smallest class first."""
+    """What a pool has done: buffers reused (hits) and allocated on demand (misses), taken back
+    (returns) and freed because their class was full (drops). `free_buffers` counts those at rest,
+    smallest class first."""
 
     hits: int = 0
     misses: int = 0
@@ -52,7 +53,8 @@ class BufferPoolStats:
 
 
 class PooledBuffer:
-    """A buffer on loan. It goes back when released or garbage-collected; slices of it keep it from being collected."""
+    """A buffer on loan. It goes back when released or garbage-collected; slices of it keep it from
+    being collected."""
 
     def __init__(self, size_class: BufferSize, memory: NDArray[np.uint8], pool: BufferPool) -> None:
         self._size_class, self._memory = size_class, memory
@@ -77,7 +79,9 @@ class PooledBuffer:
           KvCacheError: it was released.
         """
         if not self._give_back.alive:
-            raise KvCacheError("the buffer was released and may be in use elsewhere; acquire another")
+            raise KvCacheError(
+                "the buffer was released and may be in use elsewhere; acquire another"
+            )
         return np.asarray(self).view(dtype)
 
     def capacity(self) -> int:
@@ -97,13 +101,15 @@ class PooledBuffer:
 
 
 class BufferPool:
-    """Lends buffers of five size classes and keeps up to `max_buffers_per_class` at rest in each. Safe to share between threads."""
+    """Lends buffers of five size classes and keeps up to `max_buffers_per_class` at rest in each.
+    Safe to share between threads."""
 
     def __init__(self, max_buffers_per_class: int = 32) -> None:
         self._max_buffers = max_buffers_per_class
         self._free: dict[BufferSize, list[NDArray[np.uint8]]] = {size: [] for size in BufferSize}
         self._counts: collections.Counter[str] = collections.Counter()
-        # Reentrant, since a garbage collection may give a buffer back in the middle of any line below.
+        # Reentrant, since a garbage collection may give a buffer back in the middle of any line
+        # below.
         self._lock = threading.RLock()
 
     @classmethod
@@ -137,7 +143,9 @@ class BufferPool:
         """Puts `count` new buffers at rest, but no more than fit."""
         with self._lock:
             room = self._max_buffers - len(self._free[size_class])
-            self._free[size_class].extend(aligned_memory(size_class) for _ in range(min(count, room)))
+            self._free[size_class].extend(
+                aligned_memory(size_class) for _ in range(min(count, room))
+            )
 
     def prewarm_all(self, count: int) -> None:
         """`prewarm` of every class."""
@@ -146,7 +154,9 @@ class BufferPool:
 
     def stats(self) -> BufferPoolStats:
         with self._lock:
-            return BufferPoolStats(**self._counts, free_buffers=tuple(len(self._free[size]) for size in BufferSize))
+            return BufferPoolStats(
+                **self._counts, free_buffers=tuple(len(self._free[size]) for size in BufferSize)
+            )
 
     def clear(self) -> None:
         """Frees the buffers at rest."""

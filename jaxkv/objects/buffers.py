@@ -1,4 +1,5 @@
-"""Aligned host memory: buffers that JAX on the CPU takes without a copy, and a pool that lends them."""
+"""Aligned host memory: buffers that JAX on the CPU takes without a copy, and a pool that lends
+them."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def aligned_memory(size: int) -> NDArray[np.uint8]:
 class AlignedBuffer:
     """Up to `capacity` float32 numbers in memory aligned to 64 bytes.
 
-    Slices are views, and keep the buffer alive. `jax.device_put(buffer.as_slice())` on the CPU is a view too: do not write to the
-    buffer, or give it back to a pool, while such an array is in use.
+    Slices are views, and keep the buffer alive. `jax.device_put(buffer.as_slice())` on the CPU is a
+    view too: do not write to the buffer, or give it back to a pool, while such an array is in use.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -97,7 +98,8 @@ class AlignedBuffer:
         return self._len
 
     def clone(self) -> AlignedBuffer:
-        """A buffer of the same capacity with the same numbers, aligned as well; `copy.copy` and `copy.deepcopy` give it too."""
+        """A buffer of the same capacity with the same numbers, aligned as well; `copy.copy` and
+        `copy.deepcopy` give it too."""
         other = AlignedBuffer(self.capacity())
         other.extend_from_slice(self.as_slice())
         return other
@@ -111,7 +113,8 @@ class AlignedBuffer:
 
 @dataclasses.dataclass(frozen=True)
 class PoolStats:
-    """Buffers at rest in the pool, buffers that exist at all (at rest or lent), and the size of one."""
+    """Buffers at rest in the pool, buffers that exist at all (at rest or lent), and the size of
+    one."""
 
     key_pool_size: int = 0
     value_pool_size: int = 0
@@ -120,15 +123,21 @@ class PoolStats:
 
 
 class KvMemoryPool:
-    """Lends aligned buffers for keys and values and takes them back. Safe to share between threads and caches.
+    """Lends aligned buffers for keys and values and takes them back. Safe to share between threads
+    and caches.
 
-    A buffer that is never given back is freed when it is garbage-collected, and is then no longer counted.
+    A buffer that is never given back is freed when it is garbage-collected, and is then no longer
+    counted.
     """
 
     def __init__(self, block_size: int, max_blocks: int) -> None:
-        """Args: block_size: floats of a buffer; max_blocks: buffers kept at rest, for keys and for values each."""
+        """Args: block_size: floats of a buffer; max_blocks: buffers kept at rest, for keys and for
+        values each."""
         if block_size < 1 or max_blocks < 0:
-            raise KvCacheError(f"{block_size=}, {max_blocks=}: a block holds at least one float, and there are no fewer than 0 blocks")
+            raise KvCacheError(
+                f"{block_size=}, {max_blocks=}: a block holds at least one float, and there are "
+                "no fewer than 0 blocks"
+            )
         self._block_size, self._max_blocks = block_size, max_blocks
         self._keys: list[AlignedBuffer] = []
         self._values: list[AlignedBuffer] = []
@@ -141,7 +150,8 @@ class KvMemoryPool:
         return cls(block_size, max_blocks)
 
     def get_key_buffer(self, capacity: int | None = None) -> AlignedBuffer:
-        """An empty buffer: one at rest, else a new one of as many blocks as `capacity` floats (default one block) take."""
+        """An empty buffer: one at rest, else a new one of as many blocks as `capacity` floats
+        (default one block) take."""
         return self._take(self._keys, capacity)
 
     def get_value_buffer(self, capacity: int | None = None) -> AlignedBuffer:
@@ -170,20 +180,29 @@ class KvMemoryPool:
     def stats(self) -> PoolStats:
         with self._lock:
             at_rest = len(self._keys) + len(self._values)
-            return PoolStats(len(self._keys), len(self._values), at_rest + len(self._lent), self._block_size * 4)
+            return PoolStats(
+                len(self._keys), len(self._values), at_rest + len(self._lent), self._block_size * 4
+            )
 
     def _take(self, shelf: list[AlignedBuffer], capacity: int | None) -> AlignedBuffer:
         wanted = capacity or self._block_size
         with self._lock:
             fitting = [index for index, buffer in enumerate(shelf) if buffer.capacity() >= wanted]
-            buffer = shelf.pop(fitting[-1]) if fitting else AlignedBuffer(-(-wanted // self._block_size) * self._block_size)
+            buffer = (
+                shelf.pop(fitting[-1])
+                if fitting
+                else AlignedBuffer(-(-wanted // self._block_size) * self._block_size)
+            )
             self._lent.add(buffer)
             return buffer
 
     def _put(self, shelf: list[AlignedBuffer], buffer: AlignedBuffer) -> None:
         with self._lock:
             if buffer not in self._lent:
-                raise KvCacheError("the buffer is not lent by this pool; give back each buffer once, to the pool that it came from")
+                raise KvCacheError(
+                    "the buffer is not lent by this pool; give back each buffer once, to the pool "
+                    "that it came from"
+                )
             self._lent.discard(buffer)
             buffer.clear()
             if len(shelf) < self._max_blocks:

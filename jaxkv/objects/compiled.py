@@ -1,4 +1,5 @@
-"""The compiled functions behind the objects: the pure ones of `jaxkv`, for a batch of one. All caches of one configuration share them."""
+"""The compiled functions behind the objects: the pure ones of `jaxkv`, for a batch of one. All
+caches of one configuration share them."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ from jax.typing import ArrayLike
 from jaxkv import ring, update
 from jaxkv import state as reading
 from jaxkv.attend import attend as attend_to
-from jaxkv.config import Format, KvCacheConfig, TierSpec
+from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.formats import Format
 from jaxkv.migration import ALIGN_TOKENS
 from jaxkv.state import CacheState, Tier
-from jaxkv.tokens import Tokens, new_mirror
+from jaxkv.tiers.tokens import Tokens, new_mirror
 
 
-def _append(state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None) -> CacheState:
+def _append(
+    state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None
+) -> CacheState:
     shape = (1, -1, state.config.num_kv_heads, state.config.head_dim)
     return update.append(state, keys.reshape(shape), values.reshape(shape), lengths)
 
@@ -31,7 +35,13 @@ append_to_copy = jax.jit(_append)
 
 
 @jax.jit
-def attend(state: CacheState, query: jax.Array, scale: ArrayLike | None, decay: ArrayLike | None, lengths: jax.Array | None) -> jax.Array:
+def attend(
+    state: CacheState,
+    query: jax.Array,
+    scale: ArrayLike | None,
+    decay: ArrayLike | None,
+    lengths: jax.Array | None,
+) -> jax.Array:
     """Attention of a query [N * H], [N, H] or [T, N, H]; the output has its shape."""
     shape = (1, query.shape[0] if query.ndim == 3 else 1, -1, state.config.head_dim)
     out: jax.Array = attend_to(state, query.reshape(shape), scale, lengths=lengths, decay=decay)
@@ -61,23 +71,32 @@ stats = jax.jit(reading.stats)
 
 @functools.partial(jax.jit, static_argnums=1)
 def move(state: CacheState, config: KvCacheConfig) -> CacheState:
-    """The tokens of `state`, at their positions, in a cache of another configuration with as many sinks; the newest that fit."""
+    """The tokens of `state`, at their positions, in a cache of another configuration with as many
+    sinks; the newest that fit."""
     sinks = config.sink_tokens
     keys, values, positions = reading.gather(state)
     moved = reading.init(config)
     if sinks:
-        moved = update.append(moved, keys[:, :sinks], values[:, :sinks], jnp.minimum(state.end, sinks))
-    # The chain starts where the old one does, so that positions stay; in front of a group of tokens that is cut there, copies of its
-    # first token held stand for those evicted, which the group's scale would otherwise have to span as zeros.
+        moved = update.append(
+            moved, keys[:, :sinks], values[:, :sinks], jnp.minimum(state.end, sinks)
+        )
+    # The chain starts where the old one does, so that positions stay; in front of a group of tokens
+    # that is cut there, copies of its first token held stand for those evicted, which the group's
+    # scale would otherwise have to span as zeros.
     first = ring.round_down(config, state.begin)
     missing = state.begin - first
     kept = jnp.broadcast_to(first[:, None], moved.kept.shape)
     moved = dataclasses.replace(moved, end=jnp.minimum(state.end, first), kept=kept)
     held = (positions[:, sinks:] >= 0).sum(axis=-1, dtype=jnp.int32)
-    source = sinks + jnp.maximum(jnp.arange(state.config.room + config.step - 1) - missing[:, None], 0)
+    source = sinks + jnp.maximum(
+        jnp.arange(state.config.room + config.step - 1) - missing[:, None], 0
+    )
     source = jnp.minimum(source, keys.shape[1] - 1)[..., None, None]
     keys, values = (jnp.take_along_axis(x, source, axis=1) for x in (keys, values))
-    tiers = tuple(_aligned(tier, spec, keys, values) for tier, spec in zip(moved.tiers, config.chain, strict=True))
+    tiers = tuple(
+        _aligned(tier, spec, keys, values)
+        for tier, spec in zip(moved.tiers, config.chain, strict=True)
+    )
     moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
     kept = moved.kept.at[:, -1].max(state.begin)
     return dataclasses.replace(moved, kept=kept)
@@ -86,12 +105,15 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
 def _aligned(tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array) -> Tier:
     """An empty tier that has learned its mirrors, if any, from the oldest of tokens [1, P, K, H].
 
-    An append learns them from a row's first positions only, which are gone where the oldest tokens have been evicted.
+    An append learns them from a row's first positions only, which are gone where the oldest tokens
+    have been evicted.
     """
 
     def half(held: Tokens, fmt: Format, x: jax.Array) -> Tokens:
         if held.mirror is None:
             return held
-        return dataclasses.replace(held, mirror=new_mirror(held, fmt, x[:, :ALIGN_TOKENS], jnp.ones(1, bool), None))
+        return dataclasses.replace(
+            held, mirror=new_mirror(held, fmt, x[:, :ALIGN_TOKENS], jnp.ones(1, bool), None)
+        )
 
     return Tier(half(tier.keys, spec.key, keys), half(tier.values, spec.value, values))

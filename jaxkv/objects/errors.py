@@ -1,7 +1,7 @@
 """What the object API raises. After any of these errors a cache is what it was before the call.
 
-One exception, which the message names: an append is done in place, so a device that fails in the middle of one takes the tokens with it,
-and the cache is empty.
+One exception, which the message names: an append is done in place, so a device that fails in the
+middle of one takes the tokens with it, and the cache is empty.
 """
 
 

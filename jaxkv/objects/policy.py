@@ -7,7 +7,8 @@ import dataclasses
 import enum
 from typing import ClassVar
 
-from jaxkv.config import KvCacheConfig, Precision
+from jaxkv.config import KvCacheConfig
+from jaxkv.formats import Precision
 from jaxkv.state import bytes_per_token
 
 
@@ -31,7 +32,8 @@ class CacheQuantization(abc.ABC):
         """The configuration of a cache made with `config`, under this policy.
 
         Raises:
-          ValueError: the policy asks for more tokens than `config.max_tokens`, or for tiers that the rest of `config` rules out.
+          ValueError: the policy asks for more tokens than `config.max_tokens`, or for tiers that
+            the rest of `config` rules out.
         """
 
     @staticmethod
@@ -53,7 +55,10 @@ class HighPrecisionTail(CacheQuantization):
 
     def applied_to(self, config: KvCacheConfig) -> KvCacheConfig:
         if self.tail_length + config.sink_tokens > config.max_tokens:
-            raise ValueError(f"tail_length={self.tail_length}: the cache was made for max_tokens={config.max_tokens}")
+            raise ValueError(
+                f"tail_length={self.tail_length}: the cache was made for "
+                f"max_tokens={config.max_tokens}"
+            )
         return dataclasses.replace(
             config,
             tail_length=self.tail_length,
@@ -67,8 +72,8 @@ class HighPrecisionTail(CacheQuantization):
 class QuantizedStore(CacheQuantization):
     """Every token (but the sinks) in the store's precision.
 
-    `compression_ratio` is what was achieved against fp16: an answer, filled in when the policy is read back from a cache. It is
-    not part of what is asked for.
+    `compression_ratio` is what was achieved against fp16: an answer, filled in when the policy is
+    read back from a cache. It is not part of what is asked for.
     """
 
     precision: Precision = Precision.Q4
@@ -80,26 +85,36 @@ class QuantizedStore(CacheQuantization):
     def achieved_by(self, config: KvCacheConfig) -> QuantizedStore:
         """The same with the ratio of a cache of this configuration."""
         fp16 = 2 * 2 * config.num_kv_heads * config.head_dim
-        return dataclasses.replace(self, compression_ratio=fp16 / bytes_per_token(config, config.chain[-1]))
+        return dataclasses.replace(
+            self, compression_ratio=fp16 / bytes_per_token(config, config.chain[-1])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(CacheQuantization):
-    """The newest `tail_length` tokens in one precision, older ones in another (with the configuration's warm tier between)."""
+    """The newest `tail_length` tokens in one precision, older ones in another (with the
+    configuration's warm tier between)."""
 
     tail_length: int = 256
     tail_precision: Precision = Precision.FP16
     store_precision: Precision = Precision.Q4
 
     def applied_to(self, config: KvCacheConfig) -> KvCacheConfig:
-        return _with_store(config, self.store_precision, tail_length=self.tail_length, tail_precision=self.tail_precision)
+        return _with_store(
+            config,
+            self.store_precision,
+            tail_length=self.tail_length,
+            tail_precision=self.tail_precision,
+        )
 
 
 def _with_store(config: KvCacheConfig, precision: Precision, **rest: object) -> KvCacheConfig:
-    """`config` with another store; its own recipes for keys and values hold for its own precision only."""
+    """`config` with another store; its own recipes for keys and values hold for its own precision
+    only."""
     own = precision == config.store_precision
     recipes = {} if own else {"key_quant": None, "value_quant": None}
-    return dataclasses.replace(config, store_precision=precision, **recipes, **rest)  # type: ignore[arg-type]
+    fields = {"store_precision": precision, **recipes, **rest}
+    return dataclasses.replace(config, **fields)  # type: ignore[arg-type]
 
 
 CacheQuantization.HighPrecisionTail = HighPrecisionTail

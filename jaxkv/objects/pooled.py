@@ -15,7 +15,8 @@ from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 
 
 class Sizes(Protocol):
-    """What a pooled cache has to know: a `KvCacheConfig`, or anything else with these three, for heads that no tier would take."""
+    """What a pooled cache has to know: a `KvCacheConfig`, or anything else with these three, for
+    heads that no tier would take."""
 
     @property
     def max_tokens(self) -> int: ...
@@ -28,15 +29,21 @@ class Sizes(Protocol):
 
 
 class PooledKvBlock:
-    """Keys and values of consecutive tokens in two pooled buffers, as many as their size class holds. For one thread at a time."""
+    """Keys and values of consecutive tokens in two pooled buffers, as many as their size class
+    holds. For one thread at a time."""
 
-    def __init__(self, keys: PooledBuffer, values: PooledBuffer, num_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, keys: PooledBuffer, values: PooledBuffer, num_heads: int, head_dim: int
+    ) -> None:
         self._keys, self._values, self._shape = keys, values, (num_heads, head_dim)
         self._stride, self._token_count = num_heads * head_dim, 0
 
     @classmethod
-    def new(cls, pool: BufferPool, max_tokens: int, num_heads: int, head_dim: int) -> PooledKvBlock | None:
-        """A block for at least `max_tokens` tokens; None if the pool has no class or no memory for them."""
+    def new(
+        cls, pool: BufferPool, max_tokens: int, num_heads: int, head_dim: int
+    ) -> PooledKvBlock | None:
+        """A block for at least `max_tokens` tokens; None if the pool has no class or no memory for
+        them."""
         size = max_tokens * num_heads * head_dim * 4
         try:
             keys, values = pool.acquire_for_size(size), pool.acquire_for_size(size)
@@ -54,7 +61,9 @@ class PooledKvBlock:
         size = min(size, self.remaining_tokens())
         start, stop = self._token_count * self._stride, (self._token_count + size) * self._stride
         for buffer, new in ((self._keys, keys), (self._values, values)):
-            buffer.as_slice_mut()[start:stop] = np.asarray(new, np.float32).reshape(-1)[: stop - start]
+            buffer.as_slice_mut()[start:stop] = np.asarray(new, np.float32).reshape(-1)[
+                : stop - start
+            ]
         self._token_count += size
         return size
 
@@ -100,9 +109,11 @@ class PooledKvCacheStats:
 
 
 class PooledKvCache:
-    """Unquantized tokens in blocks from a shared pool. Past `config.max_tokens` the oldest blocks are evicted, whole.
+    """Unquantized tokens in blocks from a shared pool. Past `config.max_tokens` the oldest blocks
+    are evicted, whole.
 
-    Of the configuration only `max_tokens`, `num_kv_heads` and `head_dim` are used. Safe to use from many threads.
+    Of the configuration only `max_tokens`, `num_kv_heads` and `head_dim` are used. Safe to use from
+    many threads.
     """
 
     def __init__(self, config: Sizes, pool: BufferPool, tokens_per_block: int) -> None:
@@ -145,11 +156,14 @@ class PooledKvCache:
             self._evict()
 
     def _blocks_for(self, size: int) -> list[PooledKvBlock]:
-        """Blocks for what of `size` tokens does not fit into the last one. All are acquired before anything is written."""
+        """Blocks for what of `size` tokens does not fit into the last one. All are acquired before
+        anything is written."""
         size -= self._blocks[-1].remaining_tokens() if self._blocks else 0
         found: list[PooledKvBlock] = []
         while size > 0:
-            block = PooledKvBlock.new(self._pool, self._tokens_per_block, self.config.num_kv_heads, self.config.head_dim)
+            block = PooledKvBlock.new(
+                self._pool, self._tokens_per_block, self.config.num_kv_heads, self.config.head_dim
+            )
             if block is None:
                 _release(found)
                 raise OutOfMemoryError("Failed to allocate KV block from pool")
@@ -168,18 +182,26 @@ class PooledKvCache:
         return sum(block.token_count() for block in self._blocks)
 
     def get_all_kv(self) -> tuple[Any, Any]:
-        """All keys and values, oldest first, in the form of the last append (flat NumPy before the first)."""
+        """All keys and values, oldest first, in the form of the last append (flat NumPy before the
+        first)."""
         with self._lock:
-            both = [[half(block) for block in self._blocks] for half in (PooledKvBlock.keys, PooledKvBlock.values)]
+            both = [
+                [half(block) for block in self._blocks]
+                for half in (PooledKvBlock.keys, PooledKvBlock.values)
+            ]
             shape = (-1, self.config.num_kv_heads, self.config.head_dim)
-            keys, values = (np.concatenate([np.empty(0, np.float32), *parts]).reshape(shape) for parts in both)
+            keys, values = (
+                np.concatenate([np.empty(0, np.float32), *parts]).reshape(shape) for parts in both
+            )
             return self._form.write(keys), self._form.write(values)
 
     def stats(self) -> PooledKvCacheStats:
         with self._lock:
             total = self._total_tokens()
             size = total * self.config.num_kv_heads * self.config.head_dim * 4 * 2
-            return PooledKvCacheStats(total, len(self._blocks), self._tokens_per_block, size, self._pool.stats())
+            return PooledKvCacheStats(
+                total, len(self._blocks), self._tokens_per_block, size, self._pool.stats()
+            )
 
     def clear(self) -> None:
         """Forgets all tokens and gives the blocks back."""

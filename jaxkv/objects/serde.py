@@ -26,15 +26,22 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
         return {type(value).__name__: fields} if isinstance(value, CacheQuantization) else fields
     if isinstance(value, tuple):
         return [to_dict(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else np.asarray(value).tolist()
+    return (
+        value
+        if value is None or isinstance(value, (bool, int, float, str))
+        else np.asarray(value).tolist()
+    )
 
 
 def from_dict(kind: type[T], data: Any) -> T:
-    """The inverse of `to_dict`: `from_dict(KvCacheConfig, data)`, `from_dict(CacheQuantization, data)`. Missing fields take their defaults.
+    """The inverse of `to_dict`: `from_dict(KvCacheConfig, data)`, `from_dict(CacheQuantization,
+    data)`. Missing fields take their defaults.
 
     Raises:
       KvCacheError: an unknown key, a missing field without a default, or a value of the wrong type.
@@ -53,10 +60,18 @@ def _fields(kind: type[Any], data: Any) -> Any:
         raise KvCacheError(f"{kind.__name__} is read from a dictionary, not from {data!r}")
     known = {field.name for field in dataclasses.fields(kind)}
     if not data.keys() <= known:
-        raise KvCacheError(f"unknown keys {sorted(map(str, data.keys() - known))}: {kind.__name__} has {sorted(known)}")
+        raise KvCacheError(
+            f"unknown keys {sorted(map(str, data.keys() - known))}: {kind.__name__} has "
+            f"{sorted(known)}"
+        )
     hints = typing.get_type_hints(kind)
     try:
-        return kind(**{name: _read(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
+        return kind(
+            **{
+                name: _read(hints[name], value, f"{kind.__name__}.{name}")
+                for name, value in data.items()
+            }
+        )
     except (TypeError, ValueError) as error:
         raise KvCacheError(f"{kind.__name__}: {error}") from error
 
@@ -73,9 +88,13 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return _fields(kind, value)
     if issubclass(kind, enum.Enum):
         try:
-            return kind(value.lower() if isinstance(value, str) else value)  # the original writes FP16 and Hot
+            return kind(
+                value.lower() if isinstance(value, str) else value
+            )  # the original writes FP16 and Hot
         except ValueError:
-            raise KvCacheError(f"{where}={value!r}: must be one of {[member.value for member in kind]}") from None
+            raise KvCacheError(
+                f"{where}={value!r}: must be one of {[member.value for member in kind]}"
+            ) from None
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise KvCacheError(f"{where}={value!r}: must be of type {kind.__name__}")

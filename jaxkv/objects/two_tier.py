@@ -1,4 +1,5 @@
-"""The cache as an object: it owns a state of one row and calls the pure functions on it, with donation, under a lock."""
+"""The cache as an object: it owns a state of one row and calls the pure functions on it, with
+donation, under a lock."""
 
 from __future__ import annotations
 
@@ -21,19 +22,23 @@ from jaxkv.state import CacheState, KvCacheStats, Status, init
 
 
 class TwoTierKvCache:
-    """A cache of one sequence. Safe to use from many threads: each call sees, or makes, one whole state.
+    """A cache of one sequence. Safe to use from many threads: each call sees, or makes, one whole
+    state.
 
-    Keys and values are flat or [T, K, H], NumPy or JAX. Calls with JAX arrays return before the device is done; calls with NumPy
-    arrays, and those that count, wait for it. Appends of any number of tokens use few compiled programs: sizes are filled up to
-    the next power of two, up to `PIECE` = 1,024 tokens, and longer ones come in pieces of that. All caches of one configuration
+    Keys and values are flat or [T, K, H], NumPy or JAX. Calls with JAX arrays return before the
+    device is done; calls with NumPy arrays, and those that count, wait for it. Appends of any
+    number of tokens use few compiled programs: sizes are filled up to the next power of two, up to
+    `PIECE` = 1,024 tokens, and longer ones come in pieces of that. All caches of one configuration
     share the programs.
 
-    The lock is held while work is handed to the device, not while the device does it. An append donates the state's arrays; the
-    device lets the reads that were handed to it before finish first.
+    The lock is held while work is handed to the device, not while the device does it. An append
+    donates the state's arrays; the device lets the reads that were handed to it before finish
+    first.
     """
 
     def __init__(self, config: KvCacheConfig, pool: KvMemoryPool | None = None) -> None:
-        """A cache with a memory pool of its own, warmed up for two reads at a time, or with a given one."""
+        """A cache with a memory pool of its own, warmed up for two reads at a time, or with a given
+        one."""
         self.config = config
         if pool is None:
             block = config.num_kv_heads * config.head_dim * max(config.tail_length, 1)
@@ -61,7 +66,9 @@ class TwoTierKvCache:
         Raises:
           KvCacheError: keys and values differ in shape, are not whole tokens, or not floats.
         """
-        keys, values, size, form = check_pair(keys, values, self.config.num_kv_heads, self.config.head_dim)
+        keys, values, size, form = check_pair(
+            keys, values, self.config.num_kv_heads, self.config.head_dim
+        )
         if size == 0:
             return
         shape = (self.config.num_kv_heads, self.config.head_dim)
@@ -74,25 +81,35 @@ class TwoTierKvCache:
         state = self._state
         try:
             for index, pair in enumerate(zip(keys, values, strict=True)):
-                lengths = None if size == 1 else np.array([min(size - index * PIECE, PIECE)], np.int32)
-                # Of several pieces the first is appended to a copy, so that the cache is whole if a later one fails.
+                lengths = (
+                    None if size == 1 else np.array([min(size - index * PIECE, PIECE)], np.int32)
+                )
+                # Of several pieces the first is appended to a copy, so that the cache is whole if a
+                # later one fails.
                 is_first_of_many = index == 0 and len(keys) > 1
-                state = (compiled.append_to_copy if is_first_of_many else compiled.append)(state, *pair, lengths)
+                state = (compiled.append_to_copy if is_first_of_many else compiled.append)(
+                    state, *pair, lengths
+                )
         except (ValueError, JaxRuntimeError) as error:
             message = str(error)
             if self._state.end.is_deleted():
                 self._state = init(self._state.config)
-                message = f"the device failed with the cache's only copy in hand; the cache is empty now: {message}"
+                lost = "the device failed with the cache's only copy in hand; it is empty now"
+                message = f"{lost}: {message}"
             raise _translated(message) from error
         return state
 
-    def attend(self, query: Any, scale: float | None = None, *, decay: ArrayLike | None = None) -> Any:
+    def attend(
+        self, query: Any, scale: float | None = None, *, decay: ArrayLike | None = None
+    ) -> Any:
         """Attention over all tiers, per head.
 
         Args:
-          query: [N * H] or [N, H] of the newest token, or [T, N, H] of the newest T (causal among them); N a multiple of K.
+          query: [N * H] or [N, H] of the newest token, or [T, N, H] of the newest T (causal among
+            them); N a multiple of K.
           scale: of the scores; default H**-0.5.
-          decay: a rate, or one per query head [N]: what is `age` tokens old scores `rate * age` lower (ALiBi).
+          decay: a rate, or one per query head [N]: what is `age` tokens old scores `rate * age`
+            lower (ALiBi).
 
         Returns:
           Like `query`, in its dtype. An empty cache gives zeros.
@@ -103,9 +120,18 @@ class TwoTierKvCache:
         query = check_query(query, self.config.num_kv_heads, self.config.head_dim)
         is_jax, size = isinstance(query, jax.Array), query.shape[0] if query.ndim == 3 else 1
         lengths = None if size == 1 else np.array([size], np.int32)
-        given = fill(query, bucket(size)) if size != bucket(size) else query if is_jax else query.astype(np.float32)
+        given = (
+            fill(query, bucket(size))
+            if size != bucket(size)
+            else query
+            if is_jax
+            else query.astype(np.float32)
+        )
         try:
-            numbers = [x if x is None or isinstance(x, jax.Array) else np.array(x, np.float32) for x in (scale, decay)]
+            numbers = [
+                x if x is None or isinstance(x, jax.Array) else np.array(x, np.float32)
+                for x in (scale, decay)
+            ]
             with self._lock:
                 out = compiled.attend(self._state, given, *numbers, lengths)
             if not is_jax:
@@ -115,13 +141,14 @@ class TwoTierKvCache:
             raise _translated(str(error)) from error
 
     def get_all_kv(self) -> tuple[Any, Any]:
-        """All keys and values held, dequantized, oldest first (sinks before all), in the form of the last append (flat NumPy before it)."""
+        """All keys and values held, dequantized, oldest first (sinks before all), in the form of
+        the last append (flat NumPy before it)."""
         keys, values, form = self._held()
         return form.write(keys.copy()), form.write(values.copy())
 
     def get_all_kv_aligned(self) -> tuple[AlignedBuffer, AlignedBuffer]:
-        """All keys and values held, flat, in buffers lent by `memory_pool`; give them back to it with `return_key_buffer` and
-        `return_value_buffer`."""
+        """All keys and values held, flat, in buffers lent by `memory_pool`; give them back to it
+        with `return_key_buffer` and `return_value_buffer`."""
         keys, values, _ = self._held()
         found = self._pool.get_key_buffer(keys.size), self._pool.get_value_buffer(values.size)
         for buffer, held in zip(found, (keys, values), strict=True):
@@ -149,7 +176,9 @@ class TwoTierKvCache:
             found = compiled.stats(self._state)
         numbers = {name: np.asarray(value).item() for name, value in vars(found).items()}
         ratio = numbers.pop("compression_ratio")
-        return KvCacheStats(**{name: int(number) for name, number in numbers.items()}, compression_ratio=ratio)
+        return KvCacheStats(
+            **{name: int(number) for name, number in numbers.items()}, compression_ratio=ratio
+        )
 
     def tiers(self) -> dict[CacheTier, int]:
         """Tokens in each tier that the policy has, newest tier first."""
@@ -185,7 +214,9 @@ class TwoTierKvCache:
         with self._lock:
             self._state, status = verb(self._state, min(count, self.config.max_tokens + 1))
         if status[0]:
-            raise KvCacheError(f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens")
+            raise KvCacheError(
+                f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens"
+            )
 
     def policy(self) -> CacheQuantization:
         """The policy in force."""
@@ -194,15 +225,19 @@ class TwoTierKvCache:
         return policy.achieved_by(config) if isinstance(policy, QuantizedStore) else policy
 
     def update_policy(self, policy: CacheQuantization) -> None:
-        """Moves the tokens held into the tiers of another policy, at their positions; of more than fit, the newest.
+        """Moves the tokens held into the tiers of another policy, at their positions; of more than
+        fit, the newest.
 
-        What leaves a quantized tier is dequantized and quantized anew; nothing else changes. `config` still bounds the cache.
+        What leaves a quantized tier is dequantized and quantized anew; nothing else changes.
+        `config` still bounds the cache.
 
         Raises:
           KvCacheError: a policy that the cache's configuration rules out.
         """
         if not isinstance(policy, CacheQuantization):
-            raise KvCacheError(f"{policy=}: must be a CacheQuantization, such as CacheQuantization.Hybrid()")
+            raise KvCacheError(
+                f"{policy=}: must be a CacheQuantization, such as CacheQuantization.Hybrid()"
+            )
         with self._lock:
             try:
                 config = policy.applied_to(self.config)

@@ -1,9 +1,10 @@
 """The whole cache in NumPy, slow and obvious at sight: what the fast code is tested against.
 
-A row is a Python list of all its tokens since the last `clear` (a token's index is its position), each as it
-was given and as every tier that it has entered gives it back, plus one number per tier: the first position
-whose data is still there. All the rest is derived from these by the rules in `_starts`: which tier holds a
-token, what is evicted. One layer, no jit. Verbs take a state first and return a new one.
+A row is a Python list of all its tokens since the last `clear` (a token's index is its position),
+each as it was given and as every tier that it has entered gives it back, plus one number per tier:
+the first position whose data is still there. All the rest is derived from these by the rules in
+`_starts`: which tier holds a token, what is evicted. One layer, no jit. Verbs take a state first
+and return a new one.
 """
 
 from jaxkv.reference.attention import Options, attend, attention_and_lse, exact_attention, prefill
@@ -22,7 +23,16 @@ from jaxkv.reference.cache import (
     rewind,
     take_rows,
 )
-from jaxkv.reference.formats import FLOATS, from_groups, mirror_of, quantize_groups, reflect, represent, rotate, to_groups
+from jaxkv.reference.formats import (
+    FLOATS,
+    from_groups,
+    mirror_of,
+    quantize_groups,
+    reflect,
+    represent,
+    rotate,
+    to_groups,
+)
 
 __all__ = [
     "FLOATS",

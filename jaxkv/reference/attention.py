@@ -15,7 +15,8 @@ from jaxkv.reference.formats import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of attention, as in `jaxkv.Scoring`; of T queries that stand at known positions."""
+    """The options of attention, as in `jaxkv.Scoring`; of T queries that stand at known
+    positions."""
 
     causal: bool = True
     window: int | None = None
@@ -31,7 +32,8 @@ class Options:
         return (key <= query or not self.causal) and is_new_enough
 
     def added(self, row: int, t: int, query: int, keys: Sequence[int], num_heads: int) -> Array:
-        """What is added to the scores [N, S] of query t of a row, at position `query`, with the positions `keys`."""
+        """What is added to the scores [N, S] of query t of a row, at position `query`, with the
+        positions `keys`."""
         added = np.zeros((num_heads, len(keys)))
         for s, key in enumerate(keys):
             if self.decay is not None:
@@ -39,26 +41,40 @@ class Options:
             if self.bias is not None and key < self.bias.shape[3]:
                 added[:, s] += self.bias[min(row, len(self.bias) - 1), :, t, key]
             if self.mask is not None and key < self.mask.shape[3]:
-                added[~np.broadcast_to(self.mask[min(row, len(self.mask) - 1), :, t, key], num_heads), s] = -np.inf
+                added[
+                    ~np.broadcast_to(self.mask[min(row, len(self.mask) - 1), :, t, key], num_heads),
+                    s,
+                ] = -np.inf
         return added
 
 
 def exact_attention(query: Array, pairs: Array, scale: float | None = None) -> Array:
-    """Softmax attention of query [N, H] over pairs [S, 2, K, H], head by head in float64; zeros if S is 0."""
+    """Softmax attention of query [N, H] over pairs [S, 2, K, H], head by head in float64; zeros if
+    S is 0."""
     return attention_and_lse(query, pairs, scale, np.zeros((len(query), len(pairs))), Options())[0]
 
 
-def attention_and_lse(query: Array, pairs: Array, scale: float | None, added: Array, options: Options) -> tuple[Array, Array]:
-    """Attention of query [N, H] over pairs [S, 2, K, H] with `added` [N, S] to the scores; its log-sum-exps [N], -inf of nothing."""
+def attention_and_lse(
+    query: Array, pairs: Array, scale: float | None, added: Array, options: Options
+) -> tuple[Array, Array]:
+    """Attention of query [N, H] over pairs [S, 2, K, H] with `added` [N, S] to the scores; its
+    log-sum-exps [N], -inf of nothing."""
     out, lse = np.zeros(query.shape), np.full(len(query), -np.inf)
     scale = query.shape[1] ** -0.5 if scale is None else scale
     for head in range(len(query)):
         scores, values = np.zeros(0), np.zeros((0, query.shape[1]))
         if len(pairs):
             kv_head = head * pairs.shape[2] // len(query)
-            keys, values = pairs[:, 0, kv_head].astype(np.float64), pairs[:, 1, kv_head].astype(np.float64)
+            keys, values = (
+                pairs[:, 0, kv_head].astype(np.float64),
+                pairs[:, 1, kv_head].astype(np.float64),
+            )
             scores = scale * (keys @ query[head].astype(np.float64))
-            scores = scores if options.soft_cap is None else options.soft_cap * np.tanh(scores / options.soft_cap)
+            scores = (
+                scores
+                if options.soft_cap is None
+                else options.soft_cap * np.tanh(scores / options.soft_cap)
+            )
             scores = scores + added[head]
         if options.sink_logits is not None:  # a token whose value is zero
             scores = np.append(scores, np.asarray(options.sink_logits)[head])
@@ -78,7 +94,8 @@ def attend(
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
-    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held there; as `jaxkv.attend`."""
+    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held
+    there; as `jaxkv.attend`."""
     found = _attend(state, query, [{}] * len(state.rows), scale, lengths, options)
     return found if return_lse else found[0]
 
@@ -97,7 +114,9 @@ def prefill(
     """Attends over what was held and the raw new keys and values, causally; then appends these."""
     raw = [
         dict(enumerate(np.stack([k, v], axis=1)[:length], row.end))
-        for row, k, v, length in zip(state.rows, keys, values, per_row(state, lengths, keys.shape[1]), strict=True)
+        for row, k, v, length in zip(
+            state.rows, keys, values, per_row(state, lengths, keys.shape[1]), strict=True
+        )
     ]
     found = _attend(state, query, raw, scale, lengths, options)
     return append(state, keys, values, lengths), found if return_lse else found[0]
@@ -113,11 +132,17 @@ def _attend(
 ) -> tuple[Array, Array]:
     config, out, lse = state.config, np.zeros(query.shape), np.zeros(query.shape[:3])
     options = Options(**{**given, "window": given.get("window") or config.window})
-    for b, (row, length) in enumerate(zip(state.rows, per_row(state, lengths, query.shape[1]), strict=True)):
+    for b, (row, length) in enumerate(
+        zip(state.rows, per_row(state, lengths, query.shape[1]), strict=True)
+    ):
         visible = held(state, b) | raw[b]
         for t in range(query.shape[1]):
             position = row.end + len(raw[b]) - length + t
-            seen = [p for p in visible if t < length and options.sees(position, p, config.sink_tokens)]
+            seen = [
+                p for p in visible if t < length and options.sees(position, p, config.sink_tokens)
+            ]
             added = options.added(b, t, position, seen, query.shape[2])
-            out[b, t], lse[b, t] = attention_and_lse(query[b, t], np.array([visible[p] for p in seen]), scale, added, options)
+            out[b, t], lse[b, t] = attention_and_lse(
+                query[b, t], np.array([visible[p] for p in seen]), scale, added, options
+            )
     return out, lse

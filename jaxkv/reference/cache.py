@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxkv.config import KvCacheConfig, Precision, QuantSpec
+from jaxkv.config import KvCacheConfig
+from jaxkv.formats import Precision, QuantSpec
 from jaxkv.reference.formats import Array, mirror_of, represent
 
 
@@ -16,7 +17,9 @@ from jaxkv.reference.formats import Array, mirror_of, represent
 class Row:
     """One sequence of tokens, and where their data is."""
 
-    tokens: list[list[Array]]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
+    tokens: list[
+        list[Array]
+    ]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
     kept: list[int]  # [tier]: the first position whose data is still there
     mirrors: list[Array]  # [tier]: of keys and values [2, K, H]; zeros where nothing is aligned
 
@@ -37,17 +40,22 @@ def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
     """An empty cache."""
     kept = [config.sink_tokens] * len(config.chain)
     mirrors = [np.zeros((2, config.num_kv_heads, config.head_dim), np.float32)] * len(config.chain)
-    return ReferenceState(config, tuple(Row([], list(kept), list(mirrors)) for _ in range(batch_size)))
+    return ReferenceState(
+        config, tuple(Row([], list(kept), list(mirrors)) for _ in range(batch_size))
+    )
 
 
 def _starts(config: KvCacheConfig, row: Row) -> list[int]:
-    """Each tier's first position: tier i holds [starts[i], starts[i - 1]), the first tier up to the end."""
+    """Each tier's first position: tier i holds [starts[i], starts[i - 1]), the first tier up to the
+    end."""
     last = len(config.chain) - 1
     above = max(row.end, config.sink_tokens)
     begin = min(above, max(above - config.room, row.kept[last]))  # what comes before it is evicted
     starts = []
     for i, tier in enumerate(config.chain):
-        due = _batch_start(config, above - tier.length)  # what comes before it has to leave this tier
+        due = _batch_start(
+            config, above - tier.length
+        )  # what comes before it has to leave this tier
         above = begin if i == last else min(above, max(due, row.kept[i], begin))
         starts.append(above)
     return starts
@@ -59,24 +67,32 @@ def _batch_start(config: KvCacheConfig, position: int) -> int:
 
 
 def _settle(config: KvCacheConfig, row: Row) -> None:
-    """Lets every token that is due enter the tiers below, and forgets what the rings have overwritten."""
+    """Lets every token that is due enter the tiers below, and forgets what the rings have
+    overwritten."""
     starts = _starts(config, row)
     tops = [row.end, *starts[:-1]]
     for i, (tier, start, top) in enumerate(zip(config.chain, starts, tops, strict=True)):
         for first in range(_batch_start(config, start), top - tier.group + 1, tier.group):
             group = range(first, first + tier.group)
             if top > row.kept[i] and any(len(row.tokens[p]) == i + 1 for p in group):
-                if i == len(config.chain) - 1 and not any(len(token) > i + 1 for token in row.tokens[row.kept[i] :]):
+                if i == len(config.chain) - 1 and not any(
+                    len(token) > i + 1 for token in row.tokens[row.kept[i] :]
+                ):
                     row.mirrors[i] = _mirrors(config, row, i)
                 for p in group:
-                    if i and p < row.kept[i - 1]:  # evicted and gone: the oldest token that is there takes its place
+                    if (
+                        i and p < row.kept[i - 1]
+                    ):  # evicted and gone: the oldest token that is there takes its place
                         row.tokens[p] = row.tokens[row.kept[i - 1]][: i + 1]
                 _enter([row.tokens[p] for p in group], i, (tier.key, tier.value), row.mirrors[i])
         row.kept[i] = max(row.kept[i], top - tier.capacity)
 
 
-def _enter(group: list[list[Array]], tier: int, formats: Sequence[Precision | QuantSpec], mirror: Array) -> None:
-    """Adds to tokens what a tier gives back for them; `formats` of keys and values, `mirror` [2, K, H]."""
+def _enter(
+    group: list[list[Array]], tier: int, formats: Sequence[Precision | QuantSpec], mirror: Array
+) -> None:
+    """Adds to tokens what a tier gives back for them; `formats` of keys and values, `mirror` [2, K,
+    H]."""
     given = np.stack([token[tier] for token in group])
     sides = [represent(given[:, side], fmt, mirror[side]) for side, fmt in enumerate(formats)]
     for token, pair in zip(group, np.stack(sides, axis=1), strict=True):
@@ -84,14 +100,19 @@ def _enter(group: list[list[Array]], tier: int, formats: Sequence[Precision | Qu
 
 
 def _mirrors(config: KvCacheConfig, row: Row, tier: int) -> Array:
-    given, spec = np.stack([row.tokens[p][tier] for p in first_positions(config, row, tier)]), config.chain[tier]
+    given, spec = (
+        np.stack([row.tokens[p][tier] for p in first_positions(config, row, tier)]),
+        config.chain[tier],
+    )
     return np.stack([mirror_of(given[:, 0], spec.key), mirror_of(given[:, 1], spec.value)])
 
 
 def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
-    """The tokens that an empty tier is aligned by: those in the tier above when the first of them leaves it.
+    """The tokens that an empty tier is aligned by: those in the tier above when the first of them
+    leaves it.
 
-    Four are left out: attention heads dump their weight on the first of a row, and these look like no other.
+    Four are left out: attention heads dump their weight on the first of a row, and these look like
+    no other.
     """
     size = min(128, config.chain[tier - 1].length) if tier else 1
     skip = min(max(4 - config.sink_tokens, 0), size - 1)
@@ -101,7 +122,10 @@ def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
 def held(state: ReferenceState, row: int) -> dict[int, Array]:
     """Key and value [2, K, H] of every token that a row holds, by position, oldest first."""
     tokens, starts = state.rows[row].tokens, _starts(state.config, state.rows[row])
-    found = {position: tokens[position][1] for position in range(min(len(tokens), state.config.sink_tokens))}
+    found = {
+        position: tokens[position][1]
+        for position in range(min(len(tokens), state.config.sink_tokens))
+    }
     for position in range(starts[-1], len(tokens)):
         tier = next(i for i, start in enumerate(starts) if position >= start)
         found[position] = tokens[position][1 + tier]
@@ -111,12 +135,17 @@ def held(state: ReferenceState, row: int) -> dict[int, Array]:
 # The verbs.
 
 
-def append(state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None) -> ReferenceState:
-    """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the other."""
+def append(
+    state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None
+) -> ReferenceState:
+    """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the
+    other."""
     config = state.config
     pairs = np.stack([keys, values], axis=2).astype(np.float32)  # [B, T, 2, K, H]
     state = _copy(state)
-    for row, new, length in zip(state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True):
+    for row, new, length in zip(
+        state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True
+    ):
         for t in range(length):
             row.tokens.append([new[t]])
             if row.end <= config.sink_tokens:
@@ -169,7 +198,10 @@ def clear(state: ReferenceState) -> ReferenceState:
 def take_rows(state: ReferenceState, rows: Sequence[int]) -> ReferenceState:
     """The given rows in the given order; one may be taken several times."""
     taken = [state.rows[i] for i in rows]
-    copies = (Row([list(token) for token in row.tokens], list(row.kept), list(row.mirrors)) for row in taken)
+    copies = (
+        Row([list(token) for token in row.tokens], list(row.kept), list(row.mirrors))
+        for row in taken
+    )
     return ReferenceState(state.config, tuple(copies))
 
 
@@ -187,7 +219,10 @@ def _check_groups(config: KvCacheConfig, row: Row) -> None:
     for start, kept, tier in zip(starts[:-1], row.kept[:-1], config.chain[1:], strict=True):
         first = _batch_start(config, start)
         if tier.group > 1 and start > max(first, starts[-1]) and kept > first:
-            raise ValueError(f"position {start} lies inside a group of codes whose tokens are gone from {first} on")
+            raise ValueError(
+                f"position {start} lies inside a group of codes whose tokens are gone from "
+                f"{first} on"
+            )
 
 
 def _check_count(count: int, most: int) -> None:
@@ -199,7 +234,8 @@ def _check_count(count: int, most: int) -> None:
 
 
 def gather(state: ReferenceState) -> tuple[Array, Array, Array]:
-    """Keys and values [B, max_tokens, K, H] and positions [B, max_tokens], oldest first, -1 where empty."""
+    """Keys and values [B, max_tokens, K, H] and positions [B, max_tokens], oldest first, -1 where
+    empty."""
     config = state.config
     shape = (len(state.rows), config.max_tokens)
     pairs = np.zeros((*shape, 2, config.num_kv_heads, config.head_dim), np.float32)

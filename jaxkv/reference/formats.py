@@ -1,4 +1,5 @@
-"""What the formats of a tier keep of tokens: rounded floats, and codes of groups that were turned."""
+"""What the formats of a tier keep of tokens: rounded floats, and codes of groups that were
+turned."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxkv.config import Precision, QuantSpec
+from jaxkv.formats import Precision, QuantSpec
 
 Array = NDArray[Any]
 FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16: jnp.bfloat16}
@@ -18,8 +19,8 @@ FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16
 def rotate(x: Array, inverse: bool = False) -> Array:
     """Hadamard transform of the last axis, in blocks of the largest power of two that divides it.
 
-    Sylvester's matrix times itself is `block` times the identity; the two directions share that factor as
-    powers of two.
+    Sylvester's matrix times itself is `block` times the identity; the two directions share that
+    factor as powers of two.
     """
     block = x.shape[-1] & -x.shape[-1]
     matrix = np.ones((1, 1))
@@ -32,7 +33,8 @@ def rotate(x: Array, inverse: bool = False) -> Array:
 
 
 def quantize_groups(groups: Array, bits: int, symmetric: bool) -> tuple[Array, Array, Array]:
-    """Codes, scale and zero point of groups [..., size] float32; scale and zero point are rounded first."""
+    """Codes, scale and zero point of groups [..., size] float32; scale and zero point are rounded
+    first."""
     if symmetric:
         lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         zero_point = np.zeros_like(groups[..., :1])
@@ -48,7 +50,8 @@ def quantize_groups(groups: Array, bits: int, symmetric: bool) -> tuple[Array, A
 
 
 def mirror_of(first: Array, fmt: Precision | QuantSpec) -> Array:
-    """The mirror [K, H] of a row whose first tokens are `first` [n, K, H]; zeros, which mirror nothing, unless `fmt` aligns.
+    """The mirror [K, H] of a row whose first tokens are `first` [n, K, H]; zeros, which mirror
+    nothing, unless `fmt` aligns.
 
     The reflection at it turns the mean, rounded to 8 bits, into a constant vector.
     """
@@ -64,17 +67,21 @@ def mirror_of(first: Array, fmt: Precision | QuantSpec) -> Array:
 
 
 def reflect(x: Array, mirror: Array) -> Array:
-    """Householder reflection of x [T, K, H] at the plane orthogonal to mirror [K, H]; its own inverse."""
+    """Householder reflection of x [T, K, H] at the plane orthogonal to mirror [K, H]; its own
+    inverse."""
     square = (mirror * mirror).sum(-1, keepdims=True)
     along = (x * mirror).sum(-1, keepdims=True) / np.where(square > 0, square, 1)
     return x - 2 * along * mirror
 
 
 def to_groups(x: Array, spec: QuantSpec, mirror: Array) -> Array:
-    """The elements of x [T, K, H] in the basis of `spec`, those that share a scale on the last axis."""
+    """The elements of x [T, K, H] in the basis of `spec`, those that share a scale on the last
+    axis."""
     x = rotate(x) if spec.rotate else x
     x = reflect(x, mirror)
-    x = np.moveaxis(x, 0, -1) if spec.axis == "channel" else x  # a channel's group: consecutive tokens
+    x = (
+        np.moveaxis(x, 0, -1) if spec.axis == "channel" else x
+    )  # a channel's group: consecutive tokens
     return x.reshape(-1, spec.group_size or x.shape[-1])
 
 
@@ -89,7 +96,8 @@ def from_groups(groups: Array, spec: QuantSpec, mirror: Array, shape: tuple[int,
 
 
 def represent(x: Array, fmt: Precision | QuantSpec, mirror: Array) -> Array:
-    """What a tier of format `fmt` gives back, in float32, for tokens x [T, K, H] that enter it together."""
+    """What a tier of format `fmt` gives back, in float32, for tokens x [T, K, H] that enter it
+    together."""
     if isinstance(fmt, Precision):
         return x.astype(FLOATS[fmt]).astype(np.float32)
     codes, scale, zero_point = quantize_groups(to_groups(x, fmt, mirror), fmt.bits, fmt.symmetric)

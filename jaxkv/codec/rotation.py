@@ -1,4 +1,5 @@
-"""Orthogonal turns of tokens before they are quantized: the Hadamard transform, and a reflection that aligns their mean.
+"""Orthogonal turns of tokens before they are quantized: the Hadamard transform, and a reflection
+that aligns their mean.
 
 The same bits in every program (`arithmetic`), as all that leads to stored codes.
 """
@@ -10,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxkv.arithmetic import alone, halves, tree_sum
+from jaxkv.codec.arithmetic import alone, halves, tree_sum
 
 
 def hadamard_block(head_dim: int) -> int:
@@ -21,8 +22,8 @@ def hadamard_block(head_dim: int) -> int:
 def hadamard(x: jax.Array) -> jax.Array:
     """A block-diagonal Hadamard transform of the last axis, Sylvester order, times a power of two.
 
-    The factor is that nearest below `1 / sqrt(block)`, so that it is exact; `hadamard(inverse_hadamard(x)) == x` but for rounding.
-    Source: QuaRot (Ashkboos et al. 2024).
+    The factor is that nearest below `1 / sqrt(block)`, so that it is exact;
+    `hadamard(inverse_hadamard(x)) == x` but for rounding. Source: QuaRot (Ashkboos et al. 2024).
     """
     block = hadamard_block(x.shape[-1])
     return _butterfly(x, block) * 2.0 ** -math.ceil(math.log2(block) / 2)
@@ -35,7 +36,8 @@ def inverse_hadamard(x: jax.Array) -> jax.Array:
 
 
 def _butterfly(x: jax.Array, block: int) -> jax.Array:
-    """Sums and differences over all bits of an element's index in its block, the highest first; each stage moves it to the lowest place."""
+    """Sums and differences over all bits of an element's index in its block, the highest first;
+    each stage moves it to the lowest place."""
     pairs = x.reshape(*x.shape[:-1], -1, block)
     for _ in range(block.bit_length() - 1):
         first, second = jnp.split(pairs, 2, axis=-1)
@@ -44,12 +46,15 @@ def _butterfly(x: jax.Array, block: int) -> jax.Array:
 
 
 def mirror_of(mean: jax.Array) -> jax.Array:
-    """The vector v [..., H] whose reflection turns the direction of `mean` [..., H] into that of a constant vector; 0 for a mean of 0.
+    """The vector v [..., H] whose reflection turns the direction of `mean` [..., H] into that of a
+    constant vector; 0 for a mean of 0.
 
     Its elements have 11 significant bits, as `reflect` needs.
     """
     most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
-    whole = jnp.round(mean * (127 / jnp.where(most > 0, most, 1.0)))  # small integers: sums of their squares are exact
+    whole = jnp.round(
+        mean * (127 / jnp.where(most > 0, most, 1.0))
+    )  # small integers: sums of their squares are exact
     norm = jnp.sqrt(jnp.sum(whole * whole, axis=-1, keepdims=True))
     side = jnp.where(jnp.sum(whole, axis=-1, keepdims=True) < 0, -1.0, 1.0)
     v = side * whole / jnp.where(norm > 0, norm, 1.0) - mean.shape[-1] ** -0.5
@@ -57,9 +62,11 @@ def mirror_of(mean: jax.Array) -> jax.Array:
 
 
 def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
-    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (as `mirror_of` gives it; 0 leaves x as it is).
+    """Householder reflection of [..., H] at the plane orthogonal to v [..., H] (as `mirror_of`
+    gives it; 0 leaves x as it is).
 
-    Its own inverse but for rounding, and the same bits in every program: factors go in halves of 12 bits, so that no product is rounded.
+    Its own inverse but for rounding, and the same bits in every program: factors go in halves of 12
+    bits, so that no product is rounded.
     """
     dot = sum((tree_sum(half * v, -1) for half in halves(x)), jnp.zeros(()))
     # Clipped so that the product cannot melt into the subtraction by which it is halved.

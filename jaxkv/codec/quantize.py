@@ -1,13 +1,12 @@
-"""Quantize, dequantize, pack: how the numbers of one tier are written down.
+"""Quantize and dequantize: how the numbers of one tier are written down.
 
-A quantized element is `scale * code + zero_point` with a code of 0 .. 2**bits - 1. Codes are packed by hand into int8 words, `8 // bits`
-to a word: a word's lowest bits hold the first part of the head dim, its highest bits the last part (`split`). The highest part is
-kept in two's complement, `code - 2**(bits - 1)`, so that every part is masked out of the word as a small signed integer, ready for an
-integer product and without a shift (x86 has no byte shift; masking alone halved the time of unpacking).
+A quantized element is `scale * code + zero_point` with a code of 0 .. 2**bits - 1; `pack` says how
+codes lie in words.
 
-Every step here gives the same bits in every program (`arithmetic`): sums are of integers, factors are powers of two, so that a fused
-multiply-add rounds as its parts do, or products stand alone, and constants multiply (XLA divides by them in some programs and multiplies by
-their inverse in others). What is stored therefore does not depend on how tokens arrived.
+Every step here gives the same bits in every program (`arithmetic`): sums are of integers, factors
+are powers of two, so that a fused multiply-add rounds as its parts do, or products stand alone, and
+constants multiply (XLA divides by them in some programs and multiplies by their inverse in others).
+What is stored therefore does not depend on how tokens arrived.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.arithmetic import alone, nearest
-from jaxkv.config import QuantSpec
+from jaxkv.codec.arithmetic import alone, nearest
+from jaxkv.codec.pack import pack, unpack
+from jaxkv.formats import QuantSpec
 
 SCALE_DTYPE = jnp.float16
 
@@ -29,7 +29,8 @@ NO_EXTENT = 2.0**-14
 """The scale of a group of equal elements: the least normal number of 16 bits."""
 
 FITS = {4: 2, 2: 3}
-"""Least-squares fits after the cut, per bits. Trying 15 cuts before two fits leaves 5 % less squared error for 4 times the work."""
+"""Least-squares fits after the cut, per bits. Trying 15 cuts before two fits leaves 5 % less
+squared error for 4 times the work."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +39,9 @@ class Quantized:
     """Quantized tokens on their way into or out of a tier, group axes beside their elements."""
 
     codes: jax.Array  # [B, T, K, H // codes_per_byte] int8
-    scale: jax.Array | None  # token axis [B, T, K or 1, H // group]; channel axis [B, T // group, K, H]; float16, two-level uint8
+    # token axis [B, T, K or 1, H // group]; channel axis [B, T // group, K, H]; float16,
+    # two-level uint8
+    scale: jax.Array | None
     zero_point: jax.Array | None  # as scale (two-level int8); None where symmetric
     scale_unit: jax.Array | None = None  # two-level: [B, T, 1, 1] float16
     zero_unit: jax.Array | None = None
@@ -47,7 +50,8 @@ class Quantized:
 def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
     """Quantizes tokens [B, T, K, H] float32, in the basis of their tier.
 
-    Scale and zero point are rounded to 16 bits first and the codes are computed with the rounded ones, so that
+    Scale and zero point are rounded to 16 bits first and the codes are computed with the rounded
+    ones, so that
     |x - dequantized| <= scale / 2 inside the range that they span.
     """
     groups, axis = _grouped(spec, x)
@@ -64,15 +68,20 @@ def quantize(spec: QuantSpec, x: jax.Array) -> Quantized:
     if spec.two_level:
         units = _unit(scale, 255), _unit(zero_point, 127)
         stored = _whole(scale, units[0], 1, 255), _whole(zero_point, units[1], -127, 127)
-        scale, zero_point = (a.astype(jnp.float32) * unit for a, unit in zip(stored, units, strict=True))
+        scale, zero_point = (
+            a.astype(jnp.float32) * unit for a, unit in zip(stored, units, strict=True)
+        )
     codes = _codes(spec, groups, scale, zero_point).reshape(x.shape)
     stored_scale, stored_zero = (a.squeeze(axis) for a in stored)
     halves = [unit if unit is None else unit.squeeze(axis).astype(SCALE_DTYPE) for unit in units]
-    return Quantized(pack(codes, spec.bits), stored_scale, None if spec.symmetric else stored_zero, *halves)
+    return Quantized(
+        pack(codes, spec.bits), stored_scale, None if spec.symmetric else stored_zero, *halves
+    )
 
 
 def _unit(x: jax.Array, most: int) -> jax.Array:
-    """What [B, T, K, n, 1] is counted in, per token: its largest element is `most` of them. As it will be stored, in float32."""
+    """What [B, T, K, n, 1] is counted in, per token: its largest element is `most` of them. As it
+    will be stored, in float32."""
     return _rounded(jnp.max(jnp.abs(x), axis=(2, 3), keepdims=True) * (1 / most))
 
 
@@ -81,15 +90,22 @@ def _whole(x: jax.Array, unit: jax.Array | None, least: int, most: int) -> jax.A
     return nearest(x / unit, least, most).astype(jnp.uint8 if least > 0 else jnp.int8)
 
 
-def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of groups [..., g] of least squared error among: the whole range, a cut one, and fits to the best one's codes.
+def _best_range(
+    spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of groups [..., g] of least squared error among: the whole range, a cut
+    one, and fits to the best one's codes.
 
-    Errors are summed as integers, the same in every program. Channel groups and 8 bits are better off with the whole range.
+    Errors are summed as integers, the same in every program. Channel groups and 8 bits are better
+    off with the whole range.
     """
     extent, cut = high - low, CUT[spec.bits]
     scale = _rounded(extent * (1 / spec.levels))
     best = scale, _half(low), _error(spec, x, scale, _half(low), scale)
-    cut_scale, cut_low = _rounded(extent * ((1 - 2 * cut) / spec.levels)), _half(low + alone(extent * cut))
+    cut_scale, cut_low = (
+        _rounded(extent * ((1 - 2 * cut) / spec.levels)),
+        _half(low + alone(extent * cut)),
+    )
     best = _better(best, (cut_scale, cut_low, _error(spec, x, cut_scale, cut_low, scale)))
     for _ in range(FITS[spec.bits]):
         fitted = _fit(spec, x, low, extent, *best[:2])
@@ -98,33 +114,50 @@ def _best_range(spec: QuantSpec, x: jax.Array, low: jax.Array, high: jax.Array) 
 
 
 def _fit(
-    spec: QuantSpec, x: jax.Array, low: jax.Array, extent: jax.Array, scale: jax.Array, zero_point: jax.Array
+    spec: QuantSpec,
+    x: jax.Array,
+    low: jax.Array,
+    extent: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point by least squares over the codes that the given ones produce; sums of integers, hence exact.
+    """Scale and zero point by least squares over the codes that the given ones produce; sums of
+    integers, hence exact.
 
-    Means of codes are taken apart into whole and rest: for groups of thousands the products of sums would not fit int32.
+    Means of codes are taken apart into whole and rest: for groups of thousands the products of sums
+    would not fit int32.
     """
     unit = extent * 2.0**-12
     whole = nearest((x - low) / jnp.where(extent > 0, unit, 1.0), 0, 2**12)
     codes, size = _codes(spec, x, scale, zero_point), x.shape[-1]
-    sum_codes, sum_whole, sum_both, sum_squares = (a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes))
+    sum_codes, sum_whole, sum_both, sum_squares = (
+        a.sum(-1, keepdims=True) for a in (codes, whole, codes * whole, codes * codes)
+    )
     mean = sum_codes // size
     rest = (sum_codes - mean * size).astype(jnp.float32) * (1 / size)
     spread = (sum_squares - mean * sum_codes).astype(jnp.float32) - alone(rest * sum_codes)
-    slope = ((sum_both - mean * sum_whole).astype(jnp.float32) - alone(rest * sum_whole)) / jnp.where(spread > 0, spread, 1.0)
+    slope = (
+        (sum_both - mean * sum_whole).astype(jnp.float32) - alone(rest * sum_whole)
+    ) / jnp.where(spread > 0, spread, 1.0)
     fitted = jnp.where((spread > 0) & (slope > 0), _rounded(slope * unit), scale)
-    return fitted, _half(low + alone((alone(sum_whole * unit) - alone(fitted * sum_codes)) * (1 / size)))
+    return fitted, _half(
+        low + alone((alone(sum_whole * unit) - alone(fitted * sum_codes)) * (1 / size))
+    )
 
 
 _Fit = tuple[jax.Array, jax.Array, jax.Array]  # scale, zero point, error
 
 
 def _better(old: _Fit, new: _Fit) -> _Fit:
-    scale, zero_point, error = (jnp.where(new[2] < old[2], n, o) for n, o in zip(new, old, strict=True))
+    scale, zero_point, error = (
+        jnp.where(new[2] < old[2], n, o) for n, o in zip(new, old, strict=True)
+    )
     return scale, zero_point, error
 
 
-def _error(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array, unit: jax.Array) -> jax.Array:
+def _error(
+    spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array, unit: jax.Array
+) -> jax.Array:
     """The squared error of groups [..., g] in 64ths of a unit, int32 [..., 1]."""
     missed = x - (_codes(spec, x, scale, zero_point) * scale + zero_point)
     whole = nearest(missed * (64 / unit), -1024, 1024)
@@ -148,7 +181,9 @@ def dequantize(spec: QuantSpec, q: Quantized) -> jax.Array:
     scale, zero_point = widened(q.scale, q.scale_unit), widened(q.zero_point, q.zero_unit)
     assert scale is not None
     zero_point = full_zero_point(spec, scale, zero_point)
-    return (groups * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero_point, axis)).reshape(codes.shape)
+    return (groups * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero_point, axis)).reshape(
+        codes.shape
+    )
 
 
 def widened(stored: jax.Array | None, unit: jax.Array | None) -> jax.Array | None:
@@ -178,41 +213,11 @@ def _grouped(spec: QuantSpec, x: jax.Array) -> tuple[jax.Array, int]:
 
 
 def _rounded(scale: jax.Array) -> jax.Array:
-    """A scale as it will be stored, in float32; a small one for a group without extent, whose codes are then all the same.
+    """A scale as it will be stored, in float32; a small one for a group without extent, whose codes
+    are then all the same.
 
-    Attention on CPUs counts in units of a block's largest scale: a large one here would spoil the block.
+    Attention on CPUs counts in units of a block's largest scale: a large one here would spoil the
+    block.
     """
     stored = _half(scale)
     return jnp.where(stored > 0, stored, NO_EXTENT)
-
-
-def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs codes [..., H] (int32, 0 .. 2**bits - 1) into int8 words [..., H * bits // 8]."""
-    count = 8 // bits
-    *low, top = jnp.split(codes, count, axis=-1)
-    word = (top - 2 ** (bits - 1)) << (bits * (count - 1))
-    for index, part in enumerate(low):
-        word = word | (part << (bits * index))
-    return word.astype(jnp.int8)
-
-
-def split(words: jax.Array, bits: int) -> list[tuple[jax.Array, float]]:
-    """The parts of packed words [...]: int8 arrays [...] and the weight that turns each into codes.
-
-    Part i of W words holds elements [i * W, (i + 1) * W) of the head dim; `part * weight` is the code, for the last part the code minus
-    `2**(bits - 1)`.
-    """
-    count = 8 // bits
-    masks = [(2**bits - 1) << (bits * i) for i in range(count - 1)]
-    parts = [(words & jnp.int8(mask), 2.0 ** (-bits * i)) for i, mask in enumerate(masks)]
-    top = words & jnp.int8(-(2 ** (bits * (count - 1)))) if count > 1 else words
-    return [*parts, (top, 2.0 ** (-bits * (count - 1)))]
-
-
-def unpack(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `pack`: codes [..., H] int32."""
-    count = 8 // bits
-    wide = words.astype(jnp.int32)
-    low = [(wide >> (bits * i)) & (2**bits - 1) for i in range(count - 1)]
-    top = (wide >> (bits * (count - 1))) + 2 ** (bits - 1)
-    return jnp.concatenate([*low, top], axis=-1)

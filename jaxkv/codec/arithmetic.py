@@ -1,4 +1,5 @@
-"""Arithmetic that gives the same bits in every program, whatever XLA fuses, rewrites or contracts."""
+"""Arithmetic that gives the same bits in every program, whatever XLA fuses, rewrites or
+contracts."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from jax import lax
 
 
 def alone(product: jax.Array) -> jax.Array:
-    """A product that cannot melt into the sum that follows, which one program would round once and another twice."""
+    """A product that cannot melt into the sum that follows, which one program would round once and
+    another twice."""
     return jnp.clip(product, -3e38, 3e38)
 
 
 def nearest(x: jax.Array, least: int, most: int) -> jax.Array:
     """The whole numbers [least, most] nearest to x, ties to even, int32.
 
-    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that could melt into the sum. NaN
-    counts as `least`.
+    The bits of x + 1.5 * 2**23 count them; Triton cannot round. What was clipped is no product that
+    could melt into the sum. NaN counts as `least`.
     """
     counted = jnp.minimum(jnp.where(x > least, x, least), most) + 1.5 * 2.0**23
     return lax.bitcast_convert_type(counted, jnp.int32) - 0x4B400000

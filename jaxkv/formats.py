@@ -1,0 +1,120 @@
+"""How numbers are held: float precisions, and recipes of quantization."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class Precision(enum.StrEnum):
+    """How the tokens of a tier are held: three float formats and four quantized ones."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    Q8 = "q8"
+    Q4 = "q4"
+    Q4K = "q4k"
+    Q2 = "q2"
+
+    @property
+    def is_quantized(self) -> bool:
+        return self not in _FLOAT_DTYPES
+
+    @property
+    def dtype_name(self) -> str:
+        """The NumPy name of a float precision's dtype."""
+        if self.is_quantized:
+            raise ValueError(
+                f"{self} is quantized and has no float dtype; test `is_quantized` first"
+            )
+        return _FLOAT_DTYPES[self]
+
+
+_FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How keys or values are quantized: `x ~ scale * code + zero_point`, codes of `bits` bits,
+    16-bit scale and zero point.
+
+    Attributes:
+      bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
+      group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's
+        head (a divisor of `head_dim`), or `num_kv_heads * head_dim` for one group per token over
+        all heads, as in the original. `axis="channel"`: consecutive tokens of one channel (KIVI).
+        None: the largest divisor of `head_dim` up to 64 (8 bits: 128, two-level: 32), or 32 tokens.
+      axis: "token" or "channel".
+      symmetric: no zero point; codes are centred on zero.
+      rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries
+        and outputs are rotated once per step; stored tokens never are.
+      align: an orthogonal reflection turns the mean of the row's first tokens into a constant
+        vector, which the zero point absorbs. It takes the large common component out of keys (and
+        any bias of the key projection) at no bits and no cost per token.
+      two_level: scales and zero points are small integers (8 bits) under one 16-bit unit per token
+        (k-quants; Q4K), so that groups of half the size cost the same.
+      center: subtract a mean that the caller gives to `init` (a key bias known beforehand).
+    """
+
+    bits: int
+    group_size: int | None = None
+    axis: str = "token"
+    symmetric: bool = False
+    rotate: bool = False
+    align: bool = False
+    center: bool = False
+    two_level: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise ValueError(f"bits={self.bits}: 2, 4 or 8 are supported; choose one of them")
+        if self.axis not in ("token", "channel"):
+            raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"group_size={self.group_size}: must be positive, or None for the default"
+            )
+        if self.two_level and (self.symmetric or self.axis == "channel"):
+            raise ValueError(
+                "two_level=True is for groups with a zero point per token: leave symmetric=False "
+                "and axis='token'"
+            )
+        if self.align and (self.symmetric or self.axis == "channel"):
+            raise ValueError(
+                "align=True needs a zero point per token: leave symmetric=False and axis='token'"
+            )
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+
+Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
+
+
+def unaligned(fmt: Format) -> Format:
+    return dataclasses.replace(fmt, align=False) if isinstance(fmt, QuantSpec) else fmt
+
+
+def channel_group(fmt: Format) -> int:
+    """Tokens that share a scale in `fmt`, and so must enter a tier together (1: each stands
+    alone)."""
+    if isinstance(fmt, QuantSpec) and fmt.axis == "channel":
+        assert fmt.group_size is not None
+        return fmt.group_size
+    return 1
+
+
+def plain(fmt: Format) -> Format:
+    """The format of the codes alone, whatever basis they are in."""
+    return (
+        dataclasses.replace(fmt, rotate=False, align=False, center=False)
+        if isinstance(fmt, QuantSpec)
+        else fmt
+    )
