@@ -1,5 +1,7 @@
 """Quantized key/value caches for decoding language models in JAX."""
 
+import importlib.metadata
+
 from jaxkv.attend import attend
 from jaxkv.batch import concatenate, replace_rows
 from jaxkv.config import KvCacheConfig, Migration
@@ -26,6 +28,9 @@ from jaxkv.scoring import Scoring
 from jaxkv.state import CacheState, KvCacheStats, Status, gather, init, nbytes, stats
 from jaxkv.storage import StorageError, load, save
 from jaxkv.update import append, clear, evict, migrate, prefill, rewind, take_rows
+from jaxkv.view.draw import draw
+
+__version__ = importlib.metadata.version("jaxkv")
 
 __all__ = [
     "PRESETS",
@@ -57,6 +62,7 @@ __all__ = [
     "attend",
     "clear",
     "concatenate",
+    "draw",
     "evict",
     "exact_ends",
     "gather",

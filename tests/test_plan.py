@@ -16,7 +16,8 @@ import pytest
 
 import jaxkv
 from jaxkv import KvCacheConfig, shards
-from jaxkv.__main__ import human, main
+from jaxkv.cli import main
+from jaxkv.cli.common import human
 from jaxkv.plan import AXES, ModelShape, plan, state_bytes
 
 SIZES: dict[str, Any] = {"max_tokens": 512, "num_kv_heads": 4, "head_dim": 64}

@@ -28,7 +28,7 @@ def floors() -> dict[str, int]:
     """Module -> floor, as README's picture says; names on a line after `floor n` share it."""
     found = {}
     for line in re.search(r"## How it is built\n(.*?)\n## ", README, re.S)[1].splitlines():
-        if floor := re.search(r"floor (\d)", line):
+        if floor := re.search(r"floor (\d+)", line):
             for name in re.findall(r"(?:jaxkv/)?(\w+)(?:\.py|/ )", line):
                 found[name] = int(floor[1])
     return found

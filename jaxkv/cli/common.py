@@ -1,0 +1,99 @@
+"""What commands share: flags that choose a cache, and sizes in a person's units."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import jaxkv
+from jaxkv.plan import ModelShape
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+CONFIG_FLAGS = {
+    "tail_length": "--tail",
+    "tail_precision": "--tail-precision",
+    "store_precision": "--store",
+    "warm_length": "--warm",
+    "warm_precision": "--warm-precision",
+    "sink_tokens": "--sinks",
+    "rewind_length": "--rewind",
+}
+
+
+def add_config(command: argparse.ArgumentParser, with_model: bool) -> None:
+    """The flags that choose a cache; where a model may say them, sizes have no defaults."""
+    command.add_argument("--kv-heads", type=int, default=None if with_model else 8)
+    command.add_argument("--head-dim", type=int, default=None if with_model else 128)
+    command.add_argument(
+        "--context",
+        type=int,
+        default=None if with_model else 4096,
+        help="tokens that a sequence may hold",
+    )
+    command.add_argument("--batch", type=int, default=1, help="sequences")
+    command.add_argument(
+        "--preset",
+        default="q4",
+        help=f"one of {', '.join(jaxkv.PRESETS)}; what follows overrides it",
+    )
+    command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    precisions = [precision.value for precision in jaxkv.Precision]
+    for field, flag in CONFIG_FLAGS.items():
+        kind: dict[str, Any] = (
+            {"choices": precisions} if field.endswith("precision") else {"type": int}
+        )
+        command.add_argument(flag, dest=field, help=f"KvCacheConfig.{field}", **kind)
+
+
+def config_of(options: argparse.Namespace, shape: ModelShape) -> jaxkv.KvCacheConfig:
+    """The configuration that the flags and the model's shape make."""
+    context = options.context or shape.max_context
+    if context is None:
+        raise ValueError(
+            "no --context, and the model does not say how much it was made for: give --context"
+        )
+    given = {
+        field: getattr(options, field)
+        for field in CONFIG_FLAGS
+        if getattr(options, field) is not None
+    }
+    given = {
+        "max_tokens": context,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        **given,
+    }
+    return jaxkv.preset(options.preset, **given)
+
+
+def in_bytes(text: str) -> int:
+    """A size such as 80GB or 24GiB, as an argparse type."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        return int(float(number) * UNITS[text[len(number) :].strip().lower()])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(
+            f"invalid size {text!r}: write it as 80GB or 24GiB"
+        ) from None
+
+
+def human(number: int) -> str:
+    """Bytes in a unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            break
+        number /= 1000  # type: ignore[assignment]
+    return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.2f} {unit}"
