@@ -3,8 +3,9 @@
 import importlib.metadata
 
 from jaxkv.attend import attend
-from jaxkv.batch import concatenate, replace_rows
+from jaxkv.batch import concatenate, replace_rows, take_rows
 from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.drop import clear, evict, rewind
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.objects import (
     AlignedBuffer,
@@ -25,9 +26,10 @@ from jaxkv.objects import (
 )
 from jaxkv.presets import PRESETS, exact_ends, init_layers, init_stack, preset
 from jaxkv.scoring import Scoring
-from jaxkv.state import CacheState, KvCacheStats, Status, gather, init, nbytes, stats
+from jaxkv.state import CacheState, KvCacheStats, gather, init, nbytes, stats
+from jaxkv.status import Status
 from jaxkv.storage import StorageError, load, save
-from jaxkv.update import append, clear, evict, migrate, prefill, rewind, take_rows
+from jaxkv.update import append, migrate, prefill
 from jaxkv.view.draw import draw
 
 __version__ = importlib.metadata.version("jaxkv")

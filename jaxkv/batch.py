@@ -1,5 +1,5 @@
-"""Rows of one batch and another: joining batches, and putting a row into a running one (continuous
-batching)."""
+"""Rows of one batch and another: taking some, joining batches, and putting a row into a running one
+(continuous batching)."""
 
 from __future__ import annotations
 
@@ -55,6 +55,32 @@ def replace_rows(state: CacheState, rows: ArrayLike, new: CacheState) -> CacheSt
     target = jnp.where(given < 0, state.batch_size, given)
     lead = (slice(None),) * _row_axis(state)
     return jax.tree.map(lambda old, row: old.at[(*lead, target)].set(row, mode="drop"), state, new)
+
+
+def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
+    """The state whose row i is row `rows[i]` of this one: fork, beam reorder, batch filter.
+
+    Args:
+      rows: [B'] ints; repeats are allowed.
+
+    Raises:
+      ValueError: not a vector of ints, or (where concrete) a row that does not exist.
+    """
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if given.ndim != 1 or given.shape[0] == 0 or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(
+            f"rows has shape {given.shape} and dtype {given.dtype}: must be a vector of row numbers"
+        )
+    if (
+        is_concrete(given)
+        and ((np.asarray(given) < 0) | (np.asarray(given) >= state.batch_size)).any()
+    ):
+        raise ValueError(
+            f"rows={np.asarray(given).tolist()}: the state has rows 0 .. {state.batch_size - 1}"
+        )
+    return jax.tree.map(
+        lambda leaf: jnp.take(leaf, jnp.asarray(given), axis=_row_axis(state)), state
+    )
 
 
 def _row_axis(state: CacheState) -> int:

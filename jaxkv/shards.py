@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxkv import softmax, update
+from jaxkv import drop, softmax, update
 from jaxkv import state as whole
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, in_range
@@ -191,7 +191,7 @@ def evict(shards: Shards, count: ArrayLike) -> Shards:
     begin = deal.total(deal.cache.begin)
     count = as_counts("count", count, deal.cache.batch_size, None)
     return _drop(
-        shards, deal, update.evict, deal.below(begin + count) - deal.below(begin), shards.end
+        shards, deal, drop.evict, deal.below(begin + count) - deal.below(begin), shards.end
     )
 
 
@@ -199,7 +199,7 @@ def rewind(shards: Shards, count: ArrayLike) -> Shards:
     """`jaxkv.rewind`; a row that any device refuses stays as it was on all."""
     deal = _Deal.of(shards)
     end = shards.end - as_counts("count", count, deal.cache.batch_size, None)
-    return _drop(shards, deal, update.rewind, deal.below(shards.end) - deal.below(end), end)
+    return _drop(shards, deal, drop.rewind, deal.below(shards.end) - deal.below(end), end)
 
 
 def _drop(

@@ -4,7 +4,6 @@ it."""
 from __future__ import annotations
 
 import dataclasses
-import enum
 from typing import Any
 
 import jax
@@ -16,17 +15,6 @@ from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, QuantSpec, plain
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Index, Tokens
-
-
-class Status(enum.IntFlag):
-    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it
-    was."""
-
-    OK = 0
-    EVICT_TOO_MANY = 1
-    REWIND_TOO_MANY = 2
-    REWIND_CUTS_GROUP = 4
-    OUT_OF_RANGE = 8  # a negative count, or a length beyond the tokens given
 
 
 @jax.tree_util.register_dataclass

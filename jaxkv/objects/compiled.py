@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkv import ring, update
+from jaxkv import drop, ring, update
 from jaxkv import state as reading
 from jaxkv.attend import attend as attend_to
 from jaxkv.config import KvCacheConfig, TierSpec
@@ -51,20 +51,20 @@ def attend(
 @functools.partial(jax.jit, donate_argnums=0)
 def evict(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
     """The state with the status bits that this raised taken out of it, and those bits [1]."""
-    return _without_status(update.evict(state, count))
+    return _without_status(drop.evict(state, count))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def rewind(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
     """As `evict`."""
-    return _without_status(update.rewind(state, count))
+    return _without_status(drop.rewind(state, count))
 
 
 def _without_status(state: CacheState) -> tuple[CacheState, jax.Array]:
     return dataclasses.replace(state, status=jnp.zeros_like(state.status)), state.status
 
 
-clear = jax.jit(update.clear, donate_argnums=0)
+clear = jax.jit(drop.clear, donate_argnums=0)
 gather = jax.jit(reading.gather)
 stats = jax.jit(reading.stats)
 

@@ -18,7 +18,8 @@ from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, c
 from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
-from jaxkv.state import CacheState, KvCacheStats, Status, init
+from jaxkv.state import CacheState, KvCacheStats, init
+from jaxkv.status import Status
 
 
 class TwoTierKvCache:

@@ -1,0 +1,123 @@
+"""What drops tokens without moving any: evict, rewind, clear. They change positions only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxkv import ring
+from jaxkv.checks import as_counts, is_concrete
+from jaxkv.config import KvCacheConfig
+from jaxkv.state import CacheState
+from jaxkv.status import Status, flagged
+
+
+def evict(state: CacheState, count: ArrayLike) -> CacheState:
+    """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay.
+
+    Raises:
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
+        `Status.EVICT_TOO_MANY` or `Status.OUT_OF_RANGE`.
+    """
+    given = as_counts("count", count, state.batch_size, None)
+    begin, upper = state.begin, ring.chain_end(state.config, state.end)
+    refused = _refused("count", given, upper - begin, state)
+    begin = jnp.where(refused, begin, begin + given)
+    kept = state.kept.at[..., -1].set(jnp.where(refused | (given == 0), state.kept[..., -1], begin))
+    return dataclasses.replace(
+        state, kept=kept, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
+    )
+
+
+def rewind(state: CacheState, count: ArrayLike) -> CacheState:
+    """Drops the `count` (int or [B]) newest tokens of every row, in all layers (speculative
+    decoding). Stored codes stay as they are.
+
+    Up to `config.rewind_length` below the highest position reached, the result is as if the tokens
+    had never been appended: the tail is full again and tokens that they evicted are back. Beyond,
+    what is held stays held: the tail is shorter by what its ring has lost.
+
+    Raises:
+      ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
+        `Status.REWIND_TOO_MANY` or `Status.OUT_OF_RANGE`. A rewind that would leave a part of a
+        group of `axis="channel"` codes without its float tokens is refused alike, with
+        `Status.REWIND_CUTS_GROUP`.
+    """
+    config, given = state.config, as_counts("count", count, state.batch_size, None)
+    begin, upper = state.begin, ring.chain_end(config, state.end)
+    most = jnp.where(begin > config.sink_tokens, upper - begin, state.end)
+    out_of_range = _refused("count", given, most, state)
+    end = state.end - given
+    kept = _reachable(config, end, state.kept)
+    cuts = _cuts_group(config, end, kept) & (given > 0)
+    refused = out_of_range | cuts
+    if is_concrete(refused) and bool(np.any(cuts & ~out_of_range)):
+        raise ValueError(
+            f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel "
+            "codes; set rewind_length "
+            f"(now {config.rewind_length}) to the deepest rewind you need"
+        )
+    status = _flag_count(state, given, out_of_range, Status.REWIND_TOO_MANY)
+    status = flagged(status, cuts & ~out_of_range, Status.REWIND_CUTS_GROUP)
+    return dataclasses.replace(
+        state,
+        end=jnp.where(refused, state.end, end),
+        kept=jnp.where(refused[..., None], state.kept, kept),
+        status=status,
+    )
+
+
+def _reachable(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
+    """`kept` for an earlier end: a ring that holds only later positions holds nothing."""
+    upper, found = ring.chain_end(config, end), []
+    for index in range(len(config.chain)):
+        found.append(jnp.minimum(kept[..., index], upper))
+        upper = ring.starts(
+            config,
+            end,
+            jnp.stack([*found, *(kept[..., i] for i in range(index + 1, kept.shape[-1]))], -1),
+        )[index]
+    return jnp.stack(found, axis=-1)
+
+
+def _cuts_group(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:
+    """Whether a boundary before a tier of token groups lies inside a group whose first tokens no
+    ring holds."""
+    cut = jnp.zeros_like(end, bool)
+    *lows, begin = ring.starts(config, end, kept)
+    for index, low in enumerate(lows):
+        if config.chain[index + 1].group > 1:
+            first = ring.round_down(config, low)
+            cut |= (low > first) & (kept[..., index] > first) & (low > begin)
+    return cut
+
+
+def _refused(name: str, count: jax.Array, most: jax.Array, state: CacheState) -> jax.Array:
+    """Where `count` is none of 0 .. `most`; raises if that can be seen now."""
+    refused = (count > most) | (count < 0)
+    if is_concrete(refused) and bool(np.any(refused)):
+        raise ValueError(
+            f"{name}={np.asarray(count).tolist()}: rows hold {np.asarray(most).tolist()} such "
+            "tokens; ask for fewer"
+        )
+    return refused
+
+
+def _flag_count(
+    state: CacheState, count: jax.Array, refused: jax.Array, too_many: Status
+) -> jax.Array:
+    status = flagged(state.status, refused & (count >= 0), too_many)
+    return flagged(status, refused & (count < 0), Status.OUT_OF_RANGE)
+
+
+def clear(state: CacheState) -> CacheState:
+    """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this
+    costs nothing."""
+    kept = jnp.full_like(state.kept, state.config.sink_tokens)
+    return dataclasses.replace(
+        state, end=jnp.zeros_like(state.end), kept=kept, status=jnp.zeros_like(state.status)
+    )

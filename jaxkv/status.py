@@ -1,0 +1,26 @@
+"""What could not be done inside a compiled function, where nothing can be raised: bits per row."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Status(enum.IntFlag):
+    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it
+    was."""
+
+    OK = 0
+    EVICT_TOO_MANY = 1
+    REWIND_TOO_MANY = 2
+    REWIND_CUTS_GROUP = 4
+    OUT_OF_RANGE = 8  # a negative count, or a length beyond the tokens given
+
+
+def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None) -> jax.Array:
+    """`status` [B] or [L, B] with a bit set in rows `where`, of one layer if one is given."""
+    bits = jnp.where(where, jnp.int32(bit), jnp.int32(0))
+    return status | bits if layer is None else status.at[layer].set(status[layer] | bits)
