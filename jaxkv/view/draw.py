@@ -7,7 +7,8 @@ import html
 import numpy as np
 
 from jaxkv.plan import describe
-from jaxkv.state import CacheState, Segment, Status, bytes_per_token, segments
+from jaxkv.state import CacheState, Segment, bytes_per_token, segments
+from jaxkv.status import Status
 
 WIDTH = 40
 """Characters of a full bar."""
