@@ -27,7 +27,6 @@ from jaxkv import (
     codec,
     init,
     softmax,
-    tokens,
 )
 from jaxkv.config import TierSpec
 from jaxkv.kernels import dispatch, pallas_gpu, xla
@@ -36,6 +35,7 @@ from jaxkv.kernels.pallas_kernel import Plan, steps
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
+from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens, only
 
 SMALL = pallas_gpu.Tuning(slots=32, programs=12)  # several blocks and splits in few slots

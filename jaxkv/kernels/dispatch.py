@@ -1,23 +1,30 @@
 """Which implementation attends over a tier and writes to it: the GPU kernels where they can run and
-XLA everywhere else."""
+XLA everywhere else.
+
+The kernels are imported where one is wanted: Pallas costs as much as all else that `import jaxkv`
+adds to JAX.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.formats import Format, QuantSpec
-from jaxkv.kernels import pallas_gpu, pallas_write, platform, xla
+from jaxkv.kernels import platform, xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Index, Tokens
+
+if TYPE_CHECKING:
+    from jaxkv.kernels.pallas_gpu import Limits
 
 Implementation = Literal["xla", "pallas"] | None
 
@@ -56,6 +63,8 @@ def partial_attention(
         return xla.partial_attention(part, query, visible, adjust, newest, layer)
 
     def kernel(query: jax.Array) -> Partial:
+        from jaxkv.kernels import pallas_gpu
+
         return pallas_gpu.partial_attention(
             part, query, limits(position, scoring, sink_tokens, query), layer
         )
@@ -84,12 +93,12 @@ def check_implementation(implementation: Any) -> None:
         )
 
 
-def limits(
-    position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array
-) -> pallas_gpu.Limits:
+def limits(position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array) -> Limits:
     """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T]."""
+    from jaxkv.kernels.pallas_gpu import Limits
+
     each = jnp.tile(position, (1, query.shape[2] // position.shape[1]))
-    return pallas_gpu.Limits(*scoring.bounds(each), sink_tokens)
+    return Limits(*scoring.bounds(each), sink_tokens)
 
 
 def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
@@ -128,21 +137,23 @@ def write(
     """
     check_implementation(implementation)
 
+    def refused() -> Any:
+        from jaxkv.kernels import pallas_write
+
+        return pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held)
+
     def portable(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
         return tokens.write(
             held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer
         )
 
     def kernel(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
+        from jaxkv.kernels import pallas_write
+
         assert isinstance(fmt, QuantSpec)
         return pallas_write.write(held, fmt, new, slots, layer)
 
-    if (
-        implementation == "xla"
-        or pallas_write.refusal(fmt, *new.shape[2:])
-        or _overflows(held)
-        or platform.no_gpu()
-    ):
+    if implementation == "xla" or platform.no_gpu() or refused():
         return portable(held, new, slots)
     found: Tokens = lax.platform_dependent(held, new, slots, cuda=kernel, default=portable)
     return found
