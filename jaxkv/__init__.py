@@ -7,6 +7,8 @@ from jaxkv.batch import concatenate, replace_rows, take_rows
 from jaxkv.config import KvCacheConfig, Migration
 from jaxkv.drop import clear, evict, rewind
 from jaxkv.formats import Precision, QuantSpec
+from jaxkv.models.configs import layers_of
+from jaxkv.models.spec import LayerSpec
 from jaxkv.objects import (
     AlignedBuffer,
     BufferPool,
@@ -47,6 +49,7 @@ __all__ = [
     "KvCacheError",
     "KvCacheStats",
     "KvMemoryPool",
+    "LayerSpec",
     "Migration",
     "OutOfMemoryError",
     "PoolStats",
@@ -71,6 +74,7 @@ __all__ = [
     "init",
     "init_layers",
     "init_stack",
+    "layers_of",
     "load",
     "migrate",
     "nbytes",

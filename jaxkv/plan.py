@@ -1,13 +1,12 @@
-"""How much memory a cache takes before it is made: per token, per tier and per device, and what
-fits, next to fp16."""
+"""How much memory a model's cache takes before it is made: per layer, per tier and per device, and
+what fits, next to fp16."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,58 +14,19 @@ from jax.sharding import AbstractMesh
 
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, Precision
+from jaxkv.models.spec import LayerSpec
 from jaxkv.sharding import Axes, check_divides, share, size
-from jaxkv.state import bytes_per_token, init
-from jaxkv.tiers.tokens import shapes
+from jaxkv.state import CacheState, bytes_per_token, init
+
+Layer = LayerSpec | KvCacheConfig
 
 AXES = Axes(batch="batch", heads="heads", context="context")
 """The mesh axes that a plan knows, by the names of what they split."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelShape:
-    """What of a model decides the size of its cache."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    max_context: int | None = None
-
-    @classmethod
-    def from_hugging_face(cls, path: str | os.PathLike[str]) -> ModelShape:
-        """Reads a config.json, or the one in a folder.
-
-        Raises:
-          ValueError: the model caches something else than keys and values of every head, or the
-            file does not say how many.
-        """
-        path = os.path.join(path, "config.json") if os.path.isdir(path) else path
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
-        fields = {**fields, **fields.get("text_config", {})}
-        if fields.get("kv_lora_rank"):
-            raise ValueError(
-                f"{os.fspath(path)}: the model caches latent vectors (kv_lora_rank), not keys and "
-                "values"
-            )
-        try:
-            heads = fields["num_attention_heads"]
-            head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-            layers, kv_heads = (
-                fields["num_hidden_layers"],
-                fields.get("num_key_value_heads") or heads,
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"{os.fspath(path)} has no {error}: give --layers, --kv-heads and --head-dim "
-                "instead"
-            ) from None
-        return cls(layers, kv_heads, head_dim, fields.get("max_position_embeddings"))
-
-
-@dataclasses.dataclass(frozen=True)
 class TierPlan:
-    """One tier of all layers; bytes of the whole cache, over all devices."""
+    """One tier of some layers; bytes over all devices."""
 
     name: str
     keys: str
@@ -78,18 +38,29 @@ class TierPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The size of a cache. Bytes count everything that the device allocates."""
+class StackPlan:
+    """The layers of one config; bytes over all devices."""
 
     config: KvCacheConfig
     num_layers: int
+    tiers: list[TierPlan]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The size of a cache. Bytes count everything that the device allocates for tokens."""
+
+    stacks: list[StackPlan]
+    num_layers: int  # of the model, with those that keep nothing
+    max_tokens: int
     batch_size: int
     devices: dict[str, int]
-    tiers: list[TierPlan]
     bytes_per_device: int
     total_bytes: int
-    fp16_bytes: int  # of a plain cache of as many tokens in fp16, over all devices
+    fp16_bytes: int  # of a plain cache of the same tokens in fp16, over all devices
     fits: Fits | None
+    notes: tuple[str, ...]  # what is not counted, and what was assumed
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -108,51 +79,60 @@ class Fits:
 
 
 def plan(
-    config: KvCacheConfig,
-    num_layers: int,
+    layers: Sequence[Layer],
     batch_size: int = 1,
     devices: Mapping[str, int] | None = None,
     memory: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The size of a cache of `batch_size` rows.
 
     Args:
+      layers: of the model, as `layers_of` gives them, or a config for each.
       devices: how many devices split the "batch", the "heads" and the "context"; 1 where not given.
       memory: bytes of one device that the cache may take.
+      notes: passed on.
 
     Raises:
-      ValueError: sizes that do not divide among the devices.
+      ValueError: no layer keeps tokens; sizes that do not divide among the devices.
     """
-    mesh = _mesh(devices or {})
-    per_device = _device_bytes(config, num_layers, batch_size, mesh)
+    configs = _counted(layers)
+    if not configs:
+        raise ValueError("no layer keeps tokens: there is nothing to plan")
+    mesh, length = _mesh(devices or {}), max(config.max_tokens for config in configs)
     copies = math.prod(size(mesh, axis) for axis in (AXES.batch, AXES.heads, AXES.context))
-    part = share(config, mesh, AXES)
-    specs = ([part.sink_spec] if part.sink_tokens else []) + list(part.chain)
-    rows = num_layers * batch_size // size(mesh, AXES.batch)
-    tiers = [
-        _tier(
-            part, spec, rows * copies, num_layers * size(mesh, AXES.heads), size(mesh, AXES.context)
-        )
-        for spec in specs
-    ]
-    fp16 = _fp16_bytes(config, num_layers, batch_size * config.max_tokens)
-    fits = None if memory is None else _fits(config, num_layers, batch_size, mesh, memory)
+    stacks = [_stack(config, count, batch_size, mesh) for config, count in configs.items()]
+    per_device = _device_bytes(configs, batch_size, mesh)
     return Plan(
-        config,
-        num_layers,
+        stacks,
+        len(layers),
+        length,
         batch_size,
         dict(mesh.shape),
-        tiers,
         per_device,
         per_device * copies,
-        fp16,
-        fits,
+        batch_size * _fp16_bytes(layers, length),
+        None if memory is None else _fits(layers, batch_size, mesh, memory),
+        tuple(notes),
     )
 
 
 def state_bytes(config: KvCacheConfig, num_layers: int | None, batch_size: int) -> int:
     """`nbytes` of what `init` would make."""
-    return _nbytes(jax.eval_shape(lambda: init(config, batch_size, num_layers)))
+    return _nbytes(_shapes(config, num_layers, batch_size))
+
+
+def _config(layer: Layer) -> Any:
+    """What a layer keeps; None: no tokens of its own."""
+    return layer.config if isinstance(layer, LayerSpec) else layer
+
+
+def _counted(layers: Sequence[Layer]) -> Counter[KvCacheConfig]:
+    return Counter(_config(layer) for layer in layers if _config(layer) is not None)
+
+
+def _shapes(config: KvCacheConfig, num_layers: int | None, batch_size: int) -> CacheState:
+    return jax.eval_shape(lambda: init(config, batch_size, num_layers))
 
 
 def _mesh(devices: Mapping[str, int]) -> AbstractMesh:
@@ -162,31 +142,39 @@ def _mesh(devices: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(devices.get(name, 1) for name in names), tuple(names))
 
 
-def _device_bytes(
-    config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh
-) -> int:
+def _device_bytes(configs: Mapping[KvCacheConfig, int], batch_size: int, mesh: AbstractMesh) -> int:
     check_divides("batch_size", batch_size, mesh, AXES.batch)
     rows = batch_size // size(mesh, AXES.batch)
-    whole_end = 4 * num_layers * rows if size(mesh, AXES.context) > 1 else 0  # `Shards.end`
-    return state_bytes(share(config, mesh, AXES), num_layers, rows) + whole_end
-
-
-def _tier(config: KvCacheConfig, spec: TierSpec, copies: int, heads: int, parts: int) -> TierPlan:
-    """A tier of which every device has `spec`, `copies` times in all; a token has `heads` such
-    parts."""
-    one = sum(
-        _nbytes(shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim))
-        for fmt in (spec.key, spec.value)
+    positions = 4 * rows if size(mesh, AXES.context) > 1 else 0  # a layer's `Shards.end`
+    return sum(
+        state_bytes(share(config, mesh, AXES), count, rows) + count * positions
+        for config, count in configs.items()
     )
-    token = bytes_per_token(config, spec) * heads
+
+
+def _stack(config: KvCacheConfig, count: int, batch_size: int, mesh: AbstractMesh) -> StackPlan:
+    """The layers of one config."""
+    part, parts = share(config, mesh, AXES), size(mesh, AXES.context)
+    copies = math.prod(mesh.shape.values())
+    shapes = _shapes(part, count, batch_size // size(mesh, AXES.batch))
+    held = [(part.sink_spec, shapes.sinks)] if part.sink_tokens else []
+    held += list(zip(part.chain, shapes.tiers, strict=True))
+    heads = count * size(mesh, AXES.heads)
+    tiers = [_tier(part, spec, heads, parts, _nbytes(tier) * copies) for spec, tier in held]
+    total = _device_bytes({config: count}, batch_size, mesh) * copies
+    return StackPlan(config, count, tiers, total)
+
+
+def _tier(part: KvCacheConfig, spec: TierSpec, heads: int, parts: int, total: int) -> TierPlan:
+    """A tier of which every device has `spec`; a token has `heads` such parts."""
     return TierPlan(
         spec.name,
         describe(spec.key),
         describe(spec.value),
         spec.length * parts,
         spec.capacity * parts,
-        token,
-        one * copies,
+        bytes_per_token(part, spec) * heads,
+        total,
     )
 
 
@@ -209,38 +197,62 @@ def describe(fmt: Format) -> str:
     )
 
 
-def _fp16_bytes(config: KvCacheConfig, num_layers: int, tokens: int) -> int:
-    return 2 * 2 * config.num_kv_heads * config.head_dim * num_layers * tokens
-
-
-def _fits(
-    config: KvCacheConfig, num_layers: int, batch_size: int, mesh: AbstractMesh, memory: int
-) -> Fits:
-    parts, rows = size(mesh, AXES.context), size(mesh, AXES.batch)
-    least = config.sink_tokens + config.tail_length + config.warm_length
-    least += 0 if config.tail_length + config.warm_length else parts
-
-    def is_enough(units: int) -> bool:
-        longer = dataclasses.replace(config, max_tokens=least + units * parts)
-        return _device_bytes(longer, num_layers, batch_size, mesh) <= memory
-
-    tokens = least + _last(is_enough) * parts if is_enough(0) else 0
-    sequences = memory // _device_bytes(config, num_layers, rows, mesh) * rows
-    token = _fp16_bytes(config, num_layers, 1)
-    everywhere = memory * math.prod(mesh.shape.values())
-    return Fits(
-        memory,
-        tokens,
-        sequences,
-        everywhere // (token * batch_size),
-        everywhere // (token * config.max_tokens),
+def _fp16_bytes(layers: Sequence[Layer], tokens: int) -> int:
+    """Of a row of all layers, with `tokens` in fp16, or what a window shows of them."""
+    return sum(
+        fp16_per_token(_config(layer)) * _length(layer, tokens)
+        for layer in layers
+        if _config(layer) is not None
     )
 
 
+def fp16_per_token(config: KvCacheConfig) -> int:
+    """Bytes of one token of one layer in fp16."""
+    is_latent = getattr(config, "values_from_keys", None) is not None
+    values = 0 if is_latent else getattr(config, "value_dim", None) or config.head_dim
+    return 2 * config.num_kv_heads * (config.head_dim + values)
+
+
+def _fits(layers: Sequence[Layer], batch_size: int, mesh: AbstractMesh, memory: int) -> Fits:
+    parts, rows = size(mesh, AXES.context), size(mesh, AXES.batch)
+    everywhere = memory * math.prod(mesh.shape.values())
+    configs = _counted(layers)
+    length = max(config.max_tokens for config in configs)
+    least = max(c.sink_tokens + c.tail_length + c.warm_length for c in configs)
+    least += 0 if all(c.tail_length + c.warm_length for c in configs) else parts
+
+    def is_enough(units: int) -> bool:
+        resized = [_resized(layer, least + units * parts) for layer in layers]
+        return _device_bytes(_counted(resized), batch_size, mesh) <= memory
+
+    return Fits(
+        memory,
+        least + _last(is_enough) * parts if is_enough(0) else 0,
+        memory // _device_bytes(configs, rows, mesh) * rows,
+        _last(lambda tokens: _fp16_bytes(layers, tokens) * batch_size <= everywhere),
+        everywhere // _fp16_bytes(layers, length),
+    )
+
+
+def _length(layer: Layer, tokens: int) -> int:
+    """The tokens that a layer keeps of so many."""
+    window = layer.window if isinstance(layer, LayerSpec) else None
+    return tokens if window is None else min(tokens, max(window, _config(layer).max_tokens))
+
+
+def _resized(layer: Layer, tokens: int) -> Layer:
+    """The layer of a model with so many tokens."""
+    config = _config(layer)
+    if config is None:
+        return layer
+    return dataclasses.replace(config, max_tokens=_length(layer, tokens))
+
+
 def _last(holds: Callable[[int], bool]) -> int:
-    """The last number for which `holds`, which is true at 0 and false from some number on."""
+    """The last number for which `holds`, which is true at 0 and false from some number on; or a
+    number that no position reaches."""
     high = 1
-    while holds(high):
+    while high < 2**31 and holds(high):
         high *= 2
     low = high // 2
     while high - low > 1:

@@ -16,6 +16,10 @@ def _coded(bits: int, group_size: int | None = None) -> QuantSpec:
 
 
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "FP32": (
+        dict(tail_precision=Precision.FP32, store_precision=Precision.FP32),
+        "For tests against a model's own cache: bit for bit what was given.",
+    ),
     "FP16": (
         dict(store_precision=Precision.FP16),
         "No quantization; what the others are measured against.",
@@ -70,14 +74,19 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
 
 def preset(name: str, **fields: Any) -> KvCacheConfig:
     """The configuration of a preset; other fields (max_tokens, num_kv_heads, head_dim, ...) as
-    given.
+    given. A tail that is not given is as long as `max_tokens` leaves room for, 256 at most.
 
     Raises:
       ValueError: no such preset.
     """
     if name.upper() not in PRESETS:
         raise ValueError(f"no preset {name!r}: there are {', '.join(PRESETS)}")
-    return KvCacheConfig(**{**PRESETS[name.upper()][0], **fields})
+    fields = {**PRESETS[name.upper()][0], **fields}
+    if "tail_length" not in fields and "max_tokens" in fields:
+        others = fields.get("sink_tokens", 0) + fields.get("warm_length", 0)
+        room = max(fields["max_tokens"] - others, 0)
+        fields["tail_length"] = min(KvCacheConfig.tail_length, room)
+    return KvCacheConfig(**fields)
 
 
 def exact_ends(

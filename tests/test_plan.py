@@ -18,7 +18,9 @@ import jaxkv
 from jaxkv import KvCacheConfig, shards
 from jaxkv.cli import main
 from jaxkv.cli.common import human
-from jaxkv.plan import AXES, ModelShape, plan, state_bytes
+from jaxkv.models.configs import ModelShape, model_shape
+from jaxkv.models.spec import LayerSpec
+from jaxkv.plan import AXES, plan, state_bytes
 
 SIZES: dict[str, Any] = {"max_tokens": 512, "num_kv_heads": 4, "head_dim": 64}
 CONFIGS = {name: jaxkv.preset(name, **SIZES) for name in jaxkv.PRESETS} | {
@@ -37,7 +39,7 @@ HUGGING_FACE = {
 
 @over
 def test_bytes_are_those_of_a_real_state(config: KvCacheConfig) -> None:
-    found = plan(config, num_layers=3, batch_size=2)
+    found = plan([config] * 3, batch_size=2)
     state = jaxkv.init(config, 2, num_layers=3)
     assert (
         found.total_bytes
@@ -46,11 +48,11 @@ def test_bytes_are_those_of_a_real_state(config: KvCacheConfig) -> None:
         == state_bytes(config, 3, 2)
     )
     tiers = ([] if state.sinks is None else [state.sinks]) + list(state.tiers)
-    assert [tier.bytes for tier in found.tiers] == [
+    assert [tier.bytes for tier in found.stacks[0].tiers] == [
         sum(leaf.nbytes for leaf in jax.tree.leaves(tier)) for tier in tiers
     ]
-    assert [tier.tokens for tier in found.tiers][-1] + sum(
-        tier.tokens for tier in found.tiers[:-1]
+    assert [tier.tokens for tier in found.stacks[0].tiers][-1] + sum(
+        tier.tokens for tier in found.stacks[0].tiers[:-1]
     ) == config.max_tokens
     assert found.fp16_bytes == 2 * 2 * 3 * 2 * 512 * 4 * 64
 
@@ -58,7 +60,7 @@ def test_bytes_are_those_of_a_real_state(config: KvCacheConfig) -> None:
 @over
 def test_bytes_per_token_are_those_of_stats(config: KvCacheConfig) -> None:
     """A full row's `stats` and the plan's bytes per token agree, tier by tier."""
-    found = plan(config, num_layers=1)
+    found = plan([config])
     state = dataclasses.replace(
         jaxkv.init(config, 1), end=jax.numpy.full((1,), config.max_tokens, jax.numpy.int32)
     )
@@ -70,14 +72,17 @@ def test_bytes_per_token_are_those_of_stats(config: KvCacheConfig) -> None:
         "cold": counts.store_tokens,
     }
     expected = float(counts.tail_bytes + counts.store_bytes)
-    assert sum(tier.bytes_per_token * int(tokens[tier.name][0]) for tier in found.tiers) == expected
+    assert (
+        sum(tier.bytes_per_token * int(tokens[tier.name][0]) for tier in found.stacks[0].tiers)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", ["Q4_SINKS", "Q4K", "chain"])
 def test_a_mesh_divides_it(name: str) -> None:
     """Bytes per device are those that `shards.init` puts on each."""
     config, devices = CONFIGS[name], {"batch": 2, "heads": 2, "context": 2}
-    found = plan(config, num_layers=3, batch_size=4, devices=devices)
+    found = plan([config] * 3, batch_size=4, devices=devices)
     mesh = jax.make_mesh(
         (2, 2, 2), ("batch", "heads", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
@@ -98,13 +103,13 @@ def test_a_mesh_divides_it(name: str) -> None:
 def test_what_fits_fits(devices: dict[str, int]) -> None:
     """One token, or one row of devices, more would not."""
     config, memory = CONFIGS["chain"], 50_000_000
-    fits = plan(config, 8, 2, devices, memory).fits
+    fits = plan([config] * 8, 2, devices, memory).fits
     assert fits is not None
     parts, rows = devices.get("context", 1), devices.get("batch", 1)
 
     def bytes_of(tokens: int, sequences: int) -> int:
         return plan(
-            dataclasses.replace(config, max_tokens=tokens), 8, sequences, devices
+            [dataclasses.replace(config, max_tokens=tokens)] * 8, sequences, devices
         ).bytes_per_device
 
     assert bytes_of(fits.tokens, 2) <= memory < bytes_of(fits.tokens + parts, 2)
@@ -117,16 +122,16 @@ def test_what_fits_fits(devices: dict[str, int]) -> None:
 
 
 def test_nothing_fits() -> None:
-    fits = plan(CONFIGS["chain"], 8, 2, memory=1000).fits
+    fits = plan([CONFIGS["chain"]] * 8, 2, memory=1000).fits
     assert fits is not None
     assert (fits.tokens, fits.sequences, fits.fp16_tokens, fits.fp16_sequences) == (0, 0, 0, 0)
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="batch_size=3: must be a multiple of the 2 devices"):
-        plan(CONFIGS["Q4"], 1, 3, {"batch": 2})
+        plan([CONFIGS["Q4"]], 3, {"batch": 2})
     with pytest.raises(ValueError, match="must give positive numbers for some of"):
-        plan(CONFIGS["Q4"], 1, devices={"rows": 2})
+        plan([CONFIGS["Q4"]], devices={"rows": 2})
 
 
 # Models.
@@ -138,19 +143,13 @@ def write(folder: Path, fields: dict[str, Any]) -> Path:
 
 
 def test_hugging_face_config(tmp_path: Path) -> None:
-    assert ModelShape.from_hugging_face(write(tmp_path, HUGGING_FACE)) == ModelShape(
-        30, 3, 64, 2048
-    )
-    assert ModelShape.from_hugging_face(tmp_path / "config.json") == ModelShape(30, 3, 64, 2048)
-    nested = {"text_config": {**HUGGING_FACE, "head_dim": 128, "num_key_value_heads": None}}
-    assert ModelShape.from_hugging_face(write(tmp_path, nested)) == ModelShape(30, 9, 128, 2048)
-
-
-def test_configs_that_say_too_little(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no 'num_attention_heads': give --layers"):
-        ModelShape.from_hugging_face(write(tmp_path, {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match="latent vectors"):
-        ModelShape.from_hugging_face(write(tmp_path, {**HUGGING_FACE, "kv_lora_rank": 512}))
+    shape = ModelShape((LayerSpec(num_kv_heads=3, head_dim=64),) * 30, 2048)
+    fields = {**HUGGING_FACE, "model_type": "llama"}
+    assert model_shape(write(tmp_path, fields)) == shape
+    assert model_shape(tmp_path / "config.json") == shape
+    own = {"head_dim": 128, "num_key_value_heads": None}
+    nested = model_shape(write(tmp_path, {"text_config": {**fields, **own}}))
+    assert nested.layers == (LayerSpec(num_kv_heads=9, head_dim=128),) * 30
 
 
 # The command line.
@@ -182,9 +181,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     config, size = expected_plan()
     assert found["total_bytes"] == found["bytes_per_device"] == size
-    assert found["config"]["tail_length"] == 128
+    assert found["stacks"][0]["config"]["tail_length"] == 128
     assert found["fits"]["sequences"] == 10**9 // jaxkv.nbytes(jaxkv.init(config, 1, num_layers=30))
-    assert [tier["name"] for tier in found["tiers"]] == ["sinks", "hot", "cold"]
+    assert [tier["name"] for tier in found["stacks"][0]["tiers"]] == ["sinks", "hot", "cold"]
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +191,8 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     size = expected_plan()[1]
     lines = {line.split()[0]: line for line in out.splitlines() if line}
-    assert lines["30"] == "30 layers, 3 kv heads of 64; 4 x 2,048 tokens; devices: batch 2"
+    assert out.startswith("30 layers; 4 x 2,048 tokens; devices: batch 2\n")
+    assert lines["30"] == "30 layers with 3 kv heads of 64"
     assert human(size) in lines["all"] and f"{size / found_fp16():.1%} of fp16" in lines["all"]
     assert human(size // 2) in lines["per"]
     assert lines["cold"].endswith("4 bits, groups of 64, rotate, align")
@@ -209,14 +209,14 @@ def test_model_instead_of_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", "--model", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_layers"] == 30
-    assert found["config"]["max_tokens"] == 2048
+    assert found["max_tokens"] == 2048
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("plan", "give --model, or all of"),
-        ("plan --layers 2 --kv-heads 2 --head-dim 64", "give --context"),
+        ("plan --layers 2 --kv-heads 2 --head-dim 64", "or --context"),
         ("plan --layers 2 --kv-heads 2 --head-dim 64 --context 512 --preset q3", "no preset 'q3'"),
         (
             "plan --layers 2 --kv-heads 3 --head-dim 64 --context 512 --mesh heads=2",

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
-from jaxkv.cli.common import add_config, config_of, human
-from jaxkv.plan import ModelShape, state_bytes
+from jaxkv.cli.common import add_config, fields_of, human
+from jaxkv.plan import state_bytes
 
 
 def add_to(commands: Any) -> None:
@@ -29,8 +29,9 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Times a preset and fp16, and prints both."""
-    shape = ModelShape(1, options.kv_heads, options.head_dim)
-    config, heads = config_of(options, shape), options.heads or 4 * options.kv_heads
+    sizes = {"num_kv_heads": options.kv_heads, "head_dim": options.head_dim}
+    config = jaxkv.preset(options.preset, max_tokens=options.context, **sizes, **fields_of(options))
+    heads = options.heads or 4 * options.kv_heads
     exact, eager = jaxkv.Precision.FP16, jaxkv.Migration.EAGER
     fp16 = dataclasses.replace(
         config,

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import jaxkv
-from jaxkv.plan import ModelShape
 
 UNITS = {
     "": 1,
@@ -58,25 +57,10 @@ def add_config(command: argparse.ArgumentParser, with_model: bool) -> None:
         command.add_argument(flag, dest=field, help=f"KvCacheConfig.{field}", **kind)
 
 
-def config_of(options: argparse.Namespace, shape: ModelShape) -> jaxkv.KvCacheConfig:
-    """The configuration that the flags and the model's shape make."""
-    context = options.context or shape.max_context
-    if context is None:
-        raise ValueError(
-            "no --context, and the model does not say how much it was made for: give --context"
-        )
-    given = {
-        field: getattr(options, field)
-        for field in CONFIG_FLAGS
-        if getattr(options, field) is not None
-    }
-    given = {
-        "max_tokens": context,
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        **given,
-    }
-    return jaxkv.preset(options.preset, **given)
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `KvCacheConfig` that the flags give."""
+    given = {field: getattr(options, field) for field in CONFIG_FLAGS}
+    return {field: value for field, value in given.items() if value is not None}
 
 
 def in_bytes(text: str) -> int:

@@ -6,8 +6,10 @@ import argparse
 import json
 from typing import Any
 
-from jaxkv.cli.common import add_config, config_of, human, in_bytes
-from jaxkv.plan import ModelShape, Plan, plan
+from jaxkv.cli.common import add_config, fields_of, human, in_bytes
+from jaxkv.models.configs import ModelShape, model_shape
+from jaxkv.models.spec import LayerSpec
+from jaxkv.plan import Plan, StackPlan, plan
 
 
 def add_to(commands: Any) -> None:
@@ -41,38 +43,36 @@ def _devices(text: str) -> dict[str, int]:
 
 def run(options: argparse.Namespace) -> None:
     """Prints a plan."""
-    sizes = (options.layers, options.kv_heads, options.head_dim)
-    if options.model is None and None in sizes:
-        raise ValueError("give --model, or all of --layers, --kv-heads and --head-dim")
-    shape = (
-        ModelShape(*sizes) if options.model is None else ModelShape.from_hugging_face(options.model)
-    )
-    found = plan(
-        config_of(options, shape), shape.num_layers, options.batch, options.mesh, options.memory
-    )
+    shape = _shape(options)
+    layers = shape.sized(options.preset, options.context, **fields_of(options))
+    found = plan(layers, options.batch, options.mesh, options.memory, shape.notes)
     print(json.dumps(found.as_dict(), indent=2) if options.json else table(found))
+
+
+def _shape(options: argparse.Namespace) -> ModelShape:
+    if options.model is not None:
+        return model_shape(options.model)
+    if None in (options.layers, options.kv_heads, options.head_dim):
+        raise ValueError("give --model, or all of --layers, --kv-heads and --head-dim")
+    layer = LayerSpec(num_kv_heads=options.kv_heads, head_dim=options.head_dim)
+    return ModelShape((layer,) * options.layers)
 
 
 def table(found: Plan) -> str:
     """A plan for people."""
-    config, tokens = found.config, found.batch_size * found.config.max_tokens
+    tokens = found.batch_size * found.max_tokens
     devices = (
         ", ".join(f"{name} {number}" for name, number in found.devices.items() if number > 1) or "1"
     )
-    model = f"{found.num_layers} layers, {config.num_kv_heads} kv heads of {config.head_dim}"
-    lines = [
-        f"{model}; {found.batch_size} x {config.max_tokens:,} tokens; devices: {devices}",
-        "",
-        f"{'tier':8}{'tokens':>10}{'slots':>10}{'bytes/token':>14}{'bytes':>12}  keys | values",
-    ]
-    for t in found.tiers:
-        row = f"{t.name:8}{t.tokens:10,}{t.slots:10,}{t.bytes_per_token:14,.0f}{human(t.bytes):>12}"
-        lines.append(f"{row}  {t.keys}" if t.keys == t.values else f"{row}  {t.keys} | {t.values}")
-    share = found.total_bytes / found.fp16_bytes
+    sequences = f"{found.batch_size} x {found.max_tokens:,} tokens"
+    lines = [f"{found.num_layers} layers; {sequences}; devices: {devices}"]
+    for stack in found.stacks:
+        lines += ["", *_stack_lines(stack)]
     lines += [
-        f"{'all':28}{found.total_bytes / tokens:14,.0f}{human(found.total_bytes):>12}  "
-        f"{share:.1%} of fp16",
-        f"{'fp16':28}{found.fp16_bytes / tokens:14,.0f}{human(found.fp16_bytes):>12}",
+        "",
+        _line("all", found.total_bytes / tokens, found.total_bytes)
+        + f"  {found.total_bytes / found.fp16_bytes:.1%} of fp16",
+        _line("fp16", found.fp16_bytes / tokens, found.fp16_bytes),
         f"{'per device':42}{human(found.bytes_per_device):>12}",
     ]
     if found.fits is not None:
@@ -81,6 +81,24 @@ def table(found: Plan) -> str:
             "",
             f"{human(f.memory)} per device hold {found.batch_size} x {f.tokens:,} tokens (fp16: "
             f"{f.fp16_tokens:,}),",
-            f"or {f.sequences:,} x {config.max_tokens:,} tokens (fp16: {f.fp16_sequences:,})",
+            f"or {f.sequences:,} x {found.max_tokens:,} tokens (fp16: {f.fp16_sequences:,})",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def _stack_lines(stack: StackPlan) -> list[str]:
+    config = stack.config
+    window = f", a window of {config.window:,}" if config.window else ""
+    lines = [
+        f"{stack.num_layers} layers with {config.num_kv_heads} kv heads of {config.head_dim}"
+        f"{window}",
+        f"{'tier':8}{'tokens':>10}{'slots':>10}{'bytes/token':>14}{'bytes':>12}  keys | values",
+    ]
+    for t in stack.tiers:
+        row = f"{t.name:8}{t.tokens:10,}{t.slots:10,}{t.bytes_per_token:14,.0f}{human(t.bytes):>12}"
+        lines.append(f"{row}  {t.keys}" if t.keys == t.values else f"{row}  {t.keys} | {t.values}")
+    return lines
+
+
+def _line(name: str, per_token: float, total: int) -> str:
+    return f"{name:28}{per_token:14,.0f}{human(total):>12}"
