@@ -27,9 +27,10 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
     begin, upper = state.begin, ring.chain_end(state.config, state.end)
     refused = _refused("count", given, upper - begin, state)
     begin = jnp.where(refused, begin, begin + given)
-    kept = state.kept.at[..., -1].set(jnp.where(refused | (given == 0), state.kept[..., -1], begin))
+    lost = begin - state.config.sink_tokens
+    lost = state.lost.at[..., -1].set(jnp.where(refused | (given == 0), state.lost[..., -1], lost))
     return dataclasses.replace(
-        state, kept=kept, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
+        state, lost=lost, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
     )
 
 
@@ -66,7 +67,7 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
     return dataclasses.replace(
         state,
         end=jnp.where(refused, state.end, end),
-        kept=jnp.where(refused[..., None], state.kept, kept),
+        lost=jnp.where(refused[..., None], state.lost, kept - config.sink_tokens),
         status=status,
     )
 
@@ -117,7 +118,5 @@ def _flag_count(
 def clear(state: CacheState) -> CacheState:
     """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this
     costs nothing."""
-    kept = jnp.full_like(state.kept, state.config.sink_tokens)
-    return dataclasses.replace(
-        state, end=jnp.zeros_like(state.end), kept=kept, status=jnp.zeros_like(state.status)
-    )
+    end, lost, status = (jnp.zeros_like(x) for x in (state.end, state.lost, state.status))
+    return dataclasses.replace(state, end=end, lost=lost, status=status)

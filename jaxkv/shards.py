@@ -211,10 +211,10 @@ def _drop(
     after = (verb if end.ndim == 1 else jax.vmap(verb))(fresh, count)
     status = after.status if deal.axis is None else lax.pmax(after.status, deal.axis)
     refused = status > 0
-    kept = jnp.where(refused[..., None], deal.cache.kept, after.kept)
+    lost = jnp.where(refused[..., None], deal.cache.lost, after.lost)
     local_end = jnp.where(refused, deal.cache.end, after.end)
     cache = dataclasses.replace(
-        deal.cache, end=local_end, kept=kept, status=deal.cache.status | status
+        deal.cache, end=local_end, lost=lost, status=deal.cache.status | status
     )
     return _dealt(shards, cache, jnp.where(refused, shards.end, end))
 

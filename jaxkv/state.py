@@ -32,13 +32,13 @@ class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
 
     A token at position p >= sink_tokens lives in slot (p - sink_tokens) % capacity of its tier
-    (`ring`).
+    (`ring`). A tree of zeros is an empty cache (without the means that `init` may be given).
     """
 
     sinks: Tier | None  # positions [0, sink_tokens)
     tiers: tuple[Tier, ...]  # config.chain, newest first
     end: jax.Array  # [B] or [L, B] int32: the next position
-    kept: jax.Array  # [B, n] or [L, B, n] int32: first position still present in each tier's ring
+    lost: jax.Array  # [B, n] or [L, B, n] int32: the chain's tokens gone from each tier's ring
     status: jax.Array  # [B] or [L, B] int32: Status bits, sticky
     config: KvCacheConfig = dataclasses.field(metadata={"static": True})
 
@@ -46,6 +46,11 @@ class CacheState:
     def begin(self) -> jax.Array:
         """First position of the chain still held, [B] or [L, B] int32. Sinks are held besides."""
         return ring.starts(self.config, self.end, self.kept)[-1]
+
+    @property
+    def kept(self) -> jax.Array:
+        """First position still present in each tier's ring, [B, n] or [L, B, n] int32."""
+        return self.lost + self.config.sink_tokens
 
     @property
     def batch_size(self) -> int:
@@ -93,8 +98,8 @@ def init(
     )
     tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
     zeros = jnp.zeros(lead, jnp.int32)
-    kept = jnp.full((*lead, len(tiers)), config.sink_tokens, jnp.int32)
-    state = CacheState(sinks, tiers, zeros, kept, jnp.zeros_like(zeros), config)
+    lost = jnp.zeros((*lead, len(tiers)), jnp.int32)
+    state = CacheState(sinks, tiers, zeros, lost, jnp.zeros_like(zeros), config)
     return _with_means(state, key_mean, value_mean)
 
 

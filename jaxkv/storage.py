@@ -34,7 +34,7 @@ from jaxkv.state import CacheState, Tier, init
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens
 
-VERSION = 1
+VERSION = 2
 """Raised when the layout of a file, or the meaning of what is in it, changes."""
 
 _NO_DIGEST = "0" * 64

@@ -145,9 +145,10 @@ def prefill(
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:
     """The state with the positions of one layer (or of a state without layers) replaced."""
+    lost = kept - state.config.sink_tokens
     if layer is not None:
-        end, kept = state.end.at[layer].set(end), state.kept.at[layer].set(kept)
-    return dataclasses.replace(state, end=end, kept=kept)
+        end, lost = state.end.at[layer].set(end), state.lost.at[layer].set(lost)
+    return dataclasses.replace(state, end=end, lost=lost)
 
 
 def migrate(state: CacheState) -> CacheState:

@@ -168,6 +168,25 @@ def test_shapes_never_change(case: Case) -> None:
         assert not any(weak), "a weakly typed leaf would be a second program"
 
 
+PRESET_CASES = {
+    name: dataclasses.replace(CASES["fp32"], name=name, config=jaxkv.preset(name))
+    for name in jaxkv.PRESETS
+}
+
+
+@over(CASES | PRESET_CASES)
+def test_zeros_are_the_empty_cache(case: Case) -> None:
+    """A tree of zeros, as some checkpoints and modules make one, is what `init` and `clear` give,
+    bit for bit."""
+    shapes = jax.eval_shape(lambda: jaxkv.init(case.config, case.batch_size, num_layers=2))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    chex.assert_trees_all_equal(zeros, jaxkv.init(case.config, case.batch_size, num_layers=2))
+    if case.name in CASES:
+        cleared = jaxkv.clear(run(case).states[-1])
+        empty = start(case)
+        assert (cleared.end == empty.end).all() and (cleared.lost == empty.lost).all()
+
+
 @over(FEW)
 def test_one_trace_for_a_whole_run(case: Case) -> None:
     """Filling, wrapping, evicting, rewinding and clearing trace each verb once."""

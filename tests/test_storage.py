@@ -186,7 +186,7 @@ def test_other_versions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(storage, "VERSION", 7)
         save(path, filled("Q4", 3))
-    refuses(path, "has version 7, this jaxkv reads version 1: load it with the one that saved it")
+    refuses(path, "has version 7, this jaxkv reads version 2: load it with the one that saved it")
 
 
 def test_other_configs(path: Path) -> None:

@@ -81,7 +81,7 @@ def full_cache(config: KvCacheConfig, batch: int, layers: int | None = None) -> 
     )
     end = jnp.full(state.end.shape, config.max_tokens, jnp.int32)
     return jaxkv.CacheState(
-        None, tiers, end, jnp.zeros(state.kept.shape, jnp.int32), jnp.zeros_like(end), config
+        None, tiers, end, jnp.zeros(state.lost.shape, jnp.int32), jnp.zeros_like(end), config
     )
 
 

@@ -85,8 +85,8 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     # scale would otherwise have to span as zeros.
     first = ring.round_down(config, state.begin)
     missing = state.begin - first
-    kept = jnp.broadcast_to(first[:, None], moved.kept.shape)
-    moved = dataclasses.replace(moved, end=jnp.minimum(state.end, first), kept=kept)
+    lost = jnp.broadcast_to((first - sinks)[:, None], moved.lost.shape)
+    moved = dataclasses.replace(moved, end=jnp.minimum(state.end, first), lost=lost)
     held = (positions[:, sinks:] >= 0).sum(axis=-1, dtype=jnp.int32)
     source = sinks + jnp.maximum(
         jnp.arange(state.config.room + config.step - 1) - missing[:, None], 0
@@ -98,8 +98,7 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
         for tier, spec in zip(moved.tiers, config.chain, strict=True)
     )
     moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
-    kept = moved.kept.at[:, -1].max(state.begin)
-    return dataclasses.replace(moved, kept=kept)
+    return dataclasses.replace(moved, lost=moved.lost.at[:, -1].max(state.begin - sinks))
 
 
 def _aligned(tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array) -> Tier:
