@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
-from jaxkv.checks import as_counts, check_layer, check_query, in_range
+from jaxkv.checks import as_counts, as_layer, check_query, in_range
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
@@ -40,10 +40,11 @@ def attend(
     Args:
       query: [B, T, N, H] of the T tokens appended last (N a multiple of K); any float dtype,
         computed in float32.
-      scale: of the scores; default H**-0.5.
+      scale: of the scores, a scalar or [N]; default H**-0.5.
       lengths: [B], as given to the append: row b's queries are its first lengths[b]; the others'
         outputs are zeros.
-      layer: required where the state has layers; int or traced.
+      layer: required where the state has layers; int or traced. A traced layer that the state does
+        not have gives zeros.
       return_lse: also return the log of the softmax's denominator.
       implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
       whatever suits the platform. **options: the fields of `Scoring`: causal, window, soft_cap,
@@ -53,12 +54,12 @@ def attend(
       [B, T, N, H] in the query's dtype. A query that sees no token gives zeros. With `return_lse`,
       also [B, T, N] float32.
     """
-    check_layer(layer, state.num_layers)
+    layer, exists = as_layer(layer, state.num_layers)
     config = state.config
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
     count = in_range(
-        as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1]
+        as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1], exists
     )
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -85,8 +86,7 @@ def scoring_of(
     if options.get("window") is None:
         options = {**options, "window": config.window}
     scoring = Scoring(scale=query.shape[-1] ** -0.5 if scale is None else scale, **options)
-    scoring.check(query.shape[0], query.shape[2], query.shape[1])
-    return scoring
+    return scoring.checked(query.shape[0], query.shape[2], query.shape[1])
 
 
 def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_lse: bool) -> Any:
@@ -146,7 +146,7 @@ def over_segments(
             top = found.max if mean_score is None or capped else found.max + mean_score[..., 0]
             return Partial(value_basis.output(found.out, found.sum), top, found.sum)
 
-        folded = fold(query.astype(jnp.float32) * scoring.scale, heads)
+        folded = fold(query.astype(jnp.float32) * scoring.scale_of_heads, heads)
         newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], EVERY)
         return softmax.merge([over(part) for part in parts])
 

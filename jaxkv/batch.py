@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxkv.checks import is_concrete
+from jaxkv.checks import check_rows, is_concrete
+from jaxkv.drop import emptied
 from jaxkv.state import CacheState
+from jaxkv.status import Status
 
 
 def concatenate(states: Sequence[CacheState]) -> CacheState:
@@ -50,8 +52,11 @@ def replace_rows(state: CacheState, rows: ArrayLike, new: CacheState) -> CacheSt
             f"rows has shape {given.shape}, dtype {given.dtype}: must be ints, one for each of "
             f"the {new.batch_size} new rows"
         )
-    if is_concrete(given):
-        _check_rows(np.asarray(given), state.batch_size)
+    check_rows(given, state.batch_size)
+    if is_concrete(given) and len(np.unique(np.asarray(given))) < len(given):
+        raise ValueError(
+            f"rows={np.asarray(given).tolist()}: each row can be replaced once; leave out repeats"
+        )
     target = jnp.where(given < 0, state.batch_size, given)
     lead = (slice(None),) * _row_axis(state)
     return jax.tree.map(lambda old, row: old.at[(*lead, target)].set(row, mode="drop"), state, new)
@@ -61,7 +66,8 @@ def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
     """The state whose row i is row `rows[i]` of this one: fork, beam reorder, batch filter.
 
     Args:
-      rows: [B'] ints; repeats are allowed.
+      rows: [B'] ints; repeats are allowed. Inside jit, a row that does not exist gives an empty
+        one, with `Status.OUT_OF_RANGE`.
 
     Raises:
       ValueError: not a vector of ints, or (where concrete) a row that does not exist.
@@ -71,16 +77,11 @@ def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
         raise ValueError(
             f"rows has shape {given.shape} and dtype {given.dtype}: must be a vector of row numbers"
         )
-    if (
-        is_concrete(given)
-        and ((np.asarray(given) < 0) | (np.asarray(given) >= state.batch_size)).any()
-    ):
-        raise ValueError(
-            f"rows={np.asarray(given).tolist()}: the state has rows 0 .. {state.batch_size - 1}"
-        )
-    return jax.tree.map(
-        lambda leaf: jnp.take(leaf, jnp.asarray(given), axis=_row_axis(state)), state
-    )
+    check_rows(given, state.batch_size)
+    index, axis = jnp.asarray(given), _row_axis(state)
+    taken = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=axis, mode="clip"), state)
+    missing = (index < 0) | (index >= state.batch_size)
+    return emptied(taken, missing, Status.OUT_OF_RANGE)
 
 
 def _row_axis(state: CacheState) -> int:
@@ -98,10 +99,3 @@ def _check_alike(name: str, state: CacheState, other_name: str, other: CacheStat
             f"{name} has num_layers={state.num_layers}, {other_name} {other.num_layers}: make "
             "both with the same"
         )
-
-
-def _check_rows(rows: np.ndarray, batch_size: int) -> None:
-    if (rows < 0).any() or (rows >= batch_size).any():
-        raise ValueError(f"rows={rows.tolist()}: the state has rows 0 .. {batch_size - 1}")
-    if len(np.unique(rows)) < len(rows):
-        raise ValueError(f"rows={rows.tolist()}: each row can be replaced once; leave out repeats")

@@ -16,8 +16,23 @@ def is_concrete(*arrays: Any) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def check_layer(layer: Any, num_layers: int | None) -> None:
-    """`layer` must be given where the state has layers, and only there."""
+def as_int(name: str, value: Any, least: int) -> int:
+    """A Python or NumPy integer of at least `least`, as an int."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an int of at least {least}")
+    return int(value)
+
+
+def as_layer(layer: Any, num_layers: int | None) -> tuple[Any, jax.Array | bool]:
+    """A layer that can be indexed with, and whether it is one that the state has.
+
+    Only a traced layer may be none of them. It comes back as the nearest one, for the caller to do
+    nothing with.
+
+    Raises:
+      ValueError: a layer where the state has no layers, or none where it has; no integer; out of
+        range, where concrete.
+    """
     if layer is None and num_layers is not None:
         raise ValueError(
             f"layer=None, but the state has {num_layers} layers: pass layer=0 .. "
@@ -27,8 +42,17 @@ def check_layer(layer: Any, num_layers: int | None) -> None:
         raise ValueError(
             "layer given, but the state has no layer axis: leave it out, or pass num_layers to init"
         )
-    if isinstance(layer, int) and num_layers is not None and not 0 <= layer < num_layers:
+    if num_layers is None:
+        return None, True
+    given = layer if isinstance(layer, jax.Array) else np.asarray(layer)
+    if given.ndim or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"layer={layer!r}: must be an int, or an integer scalar, traced or not")
+    if not is_concrete(given):
+        exists = (layer >= 0) & (layer < num_layers)
+        return jnp.clip(layer, 0, num_layers - 1).astype(jnp.int32), exists
+    if not 0 <= int(layer) < num_layers:
         raise ValueError(f"layer={layer}: the state has layers 0 .. {num_layers - 1}")
+    return layer if isinstance(layer, jax.Array) else int(layer), True
 
 
 def as_floats(name: str, array: Any, shape: str, wanted: tuple[int | None, ...]) -> jax.Array:
@@ -100,6 +124,16 @@ def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None)
     return jnp.broadcast_to(jnp.asarray(given, jnp.int32), (batch,))
 
 
-def in_range(lengths: jax.Array, size: int) -> jax.Array:
-    """Lengths [B], 0 for rows whose length is none of 0 .. size, as only compiled code can meet."""
-    return jnp.where((lengths < 0) | (lengths > size), 0, lengths)
+def in_range(lengths: jax.Array, size: int, exists: jax.Array | bool = True) -> jax.Array:
+    """Lengths [B], 0 for rows whose length is none of 0 .. size, as only compiled code can meet;
+    and for all rows of a layer that does not exist."""
+    refused = (lengths < 0) | (lengths > size)
+    return jnp.where(refused if exists is True else refused | ~jnp.asarray(exists), 0, lengths)
+
+
+def check_rows(rows: Any, batch_size: int) -> None:
+    """Refuses row numbers, where concrete, that are none of 0 .. batch_size - 1."""
+    if is_concrete(rows) and ((np.asarray(rows) < 0) | (np.asarray(rows) >= batch_size)).any():
+        raise ValueError(
+            f"rows={np.asarray(rows).tolist()}: the state has rows 0 .. {batch_size - 1}"
+        )

@@ -7,6 +7,7 @@ import enum
 import functools
 from typing import Any
 
+from jaxkv.checks import as_int
 from jaxkv.formats import Format, Precision, QuantSpec, channel_group, unaligned
 
 
@@ -192,13 +193,10 @@ def _as_enum(kind: type[Any], name: str, value: Any) -> Any:
 def _check_sizes(config: KvCacheConfig) -> None:
     positive = ("max_tokens", "num_kv_heads", "head_dim", "migration_batch")
     for name in (*positive, "tail_length", "sink_tokens", "warm_length", "rewind_length"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < (name in positive):
-            raise ValueError(
-                f"{name}={value!r}: must be an int of at least {int(name in positive)}"
-            )
-    if config.window is not None and (not isinstance(config.window, int) or config.window < 1):
-        raise ValueError(f"window={config.window!r}: must be None or an int of at least 1")
+        value = as_int(name, getattr(config, name), least=int(name in positive))
+        object.__setattr__(config, name, value)
+    if config.window is not None:
+        object.__setattr__(config, "window", as_int("window", config.window, least=1))
     if config.head_dim % 8:
         raise ValueError(
             f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros"

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkv import ring
-from jaxkv.checks import as_counts, is_concrete
+from jaxkv.checks import as_counts, check_rows, is_concrete
 from jaxkv.config import KvCacheConfig
 from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
@@ -115,8 +115,40 @@ def _flag_count(
     return flagged(status, refused & (count < 0), Status.OUT_OF_RANGE)
 
 
-def clear(state: CacheState) -> CacheState:
+def clear(state: CacheState, rows: ArrayLike | None = None) -> CacheState:
     """Forgets all tokens, sinks and status; positions start at 0 again. Arrays are kept, so this
-    costs nothing."""
-    end, lost, status = (jnp.zeros_like(x) for x in (state.end, state.lost, state.status))
-    return dataclasses.replace(state, end=end, lost=lost, status=status)
+    costs nothing.
+
+    Args:
+      rows: which rows, in all layers: an int, [n] ints or a mask [B] of bools; None: all. Inside
+        jit a row that the state does not have is left out.
+
+    Raises:
+      ValueError: rows of the wrong shape or dtype or, where concrete, that do not exist.
+    """
+    if rows is None:
+        return emptied(state, jnp.ones(state.batch_size, bool), Status.OK)
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    is_mask = given.dtype == np.bool_ and given.shape == (state.batch_size,)
+    if given.ndim > 1 or not (is_mask or jnp.issubdtype(given.dtype, jnp.integer)):
+        raise ValueError(
+            f"rows has shape {given.shape} and dtype {given.dtype}: must be an int, a vector of "
+            f"row numbers, or a mask [{state.batch_size}] of bools"
+        )
+    if is_mask:
+        return emptied(state, jnp.asarray(given), Status.OK)
+    check_rows(given, state.batch_size)
+    index = jnp.asarray(given).reshape(1, -1)
+    every = jnp.arange(state.batch_size, dtype=index.dtype).reshape(-1, 1)
+    return emptied(state, (every == index).any(-1), Status.OK)
+
+
+def emptied(state: CacheState, where: jax.Array, status: Status) -> CacheState:
+    """The state with nothing left in rows `where` [B] but a status."""
+    where = jnp.broadcast_to(where, state.end.shape)
+    return dataclasses.replace(
+        state,
+        end=jnp.where(where, 0, state.end),
+        lost=jnp.where(where[..., None], 0, state.lost),
+        status=jnp.where(where, jnp.int32(status), state.status),
+    )

@@ -4,14 +4,17 @@ biases, masks, sink logits."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
+from jaxkv.checks import is_concrete
 from jaxkv.softmax import Partial
 
 EVERY = jnp.iinfo(jnp.int32).max - 1
@@ -24,9 +27,10 @@ class Scoring:
     bias, then the masks.
 
     Attributes:
-      scale: of the scores (`attend` passes H**-0.5 unless told otherwise).
+      scale: of the scores, for all heads or [N] (`attend` passes H**-0.5 unless told otherwise).
       causal: a query sees its own position and those before it. False for cross-attention: every
-        token held.
+        token held. A `mask` only ever hides: tokens that see each other both ways, such as those of
+        an image within a prompt, need `causal=False` and a mask that says the rest of causality.
       window: a query sees the newest `window` positions up to its own, and the sinks besides
         (StreamingLLM).
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
@@ -39,28 +43,35 @@ class Scoring:
     scale: ArrayLike = 1.0
     causal: bool = True
     window: ArrayLike | None = None
-    soft_cap: float | None = None
+    soft_cap: ArrayLike | None = None
     decay: ArrayLike | None = None
     bias: jax.Array | None = None
     mask: jax.Array | None = None
     sink_logits: jax.Array | None = None
 
-    def check(self, batch: int, heads: int, queries: int) -> None:
-        """Refuses options of the wrong shape or sign."""
-        for name in ("bias", "mask"):
-            _check_by_position(name, getattr(self, name), batch, heads, queries)
-        if self.mask is not None and self.mask.dtype != jnp.bool_:
-            raise ValueError(f"mask.dtype={self.mask.dtype}: must be bool; pass numbers as `bias`")
-        if isinstance(self.window, int) and self.window < 1:
-            raise ValueError(f"window={self.window}: must be at least 1 token")
-        if self.soft_cap is not None and not self.soft_cap > 0:
-            raise ValueError(f"soft_cap={self.soft_cap}: must be positive")
-        if self.decay is not None and jnp.shape(self.decay) not in ((), (heads,)):
-            raise ValueError(
-                f"decay has shape {jnp.shape(self.decay)}: must be a scalar or [N] = [{heads}]"
-            )
-        if self.sink_logits is not None and self.sink_logits.shape != (heads,):
-            raise ValueError(f"sink_logits.shape={self.sink_logits.shape}: must be [N] = [{heads}]")
+    def checked(self, batch: int, heads: int, queries: int) -> Scoring:
+        """The options as arrays (but for `causal`).
+
+        Raises:
+          ValueError: an option of the wrong kind or shape or, where concrete, the wrong sign.
+        """
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise ValueError(f"causal={self.causal!r}: must be True or False, and not traced")
+        return dataclasses.replace(
+            self,
+            scale=_as_numbers("scale", self.scale, ((), (heads,)), "a scalar or [N]"),
+            window=_checked_window(self.window),
+            soft_cap=_positive(_as_numbers("soft_cap", self.soft_cap, ((),), "a scalar")),
+            decay=_as_numbers("decay", self.decay, ((), (heads,)), "a scalar or [N]"),
+            sink_logits=_as_numbers("sink_logits", self.sink_logits, ((heads,),), "[N]"),
+            bias=_as_table("bias", self.bias, batch, heads, queries),
+            mask=_as_table("mask", self.mask, batch, heads, queries),
+        )
+
+    @property
+    def scale_of_heads(self) -> jax.Array:
+        """`scale` as it multiplies queries [B, T, N, H]."""
+        return jnp.asarray(self.scale, jnp.float32).reshape(1, 1, -1, 1)
 
     @property
     def changes_scores(self) -> bool:
@@ -93,7 +104,8 @@ class Scoring:
         -inf where masked."""
         heads = scores.shape[1:3]
         if self.soft_cap is not None:
-            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+            cap = jnp.asarray(self.soft_cap, jnp.float32)
+            scores = cap * jnp.tanh(scores / cap)
         if self.decay is not None:
             rates = jnp.broadcast_to(
                 jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)
@@ -139,19 +151,59 @@ class Scoring:
         return Partial(jnp.zeros(shape), top, jnp.ones_like(top))
 
 
-def _check_by_position(
-    name: str, array: jax.Array | None, batch: int, heads: int, queries: int
-) -> None:
-    if array is None:
-        return
+def _as_numbers(name: str, given: Any, wanted: Sequence[tuple[int, ...]], kind: str) -> Any:
+    """An option as float32 of one of the wanted shapes; None stays."""
+    if given is None:
+        return None
+    array = given if isinstance(given, jax.Array) else np.asarray(given)
+    if array.shape not in wanted or not _is_real(array):
+        raise ValueError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}: must be {kind}, real, "
+            f"where [N] is [{wanted[-1][0] if wanted[-1] else 1}]"
+        )
+    return jnp.asarray(array, jnp.float32)
+
+
+def _is_real(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _positive(cap: Any) -> Any:
+    if cap is not None and is_concrete(cap) and not cap > 0:
+        raise ValueError(f"soft_cap={float(cap)}: must be positive")
+    return cap
+
+
+def _checked_window(window: Any) -> Any:
+    """A window in tokens. One that is traced and below 1 shows nothing but the sinks."""
+    if window is None:
+        return None
+    array = window if isinstance(window, jax.Array) else np.asarray(window)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"window={window!r}: must be an int, or ints, of at least 1 token")
+    if is_concrete(array) and (np.asarray(array) < 1).any():
+        raise ValueError(f"window={np.asarray(array).tolist()}: must be at least 1 token")
+    return int(array) if isinstance(array, (np.ndarray, np.generic)) and array.ndim == 0 else array
+
+
+def _as_table(name: str, given: Any, batch: int, heads: int, queries: int) -> Any:
+    """A bias or a mask as an array; None stays."""
+    if given is None:
+        return None
+    array = given if isinstance(given, jax.Array) else np.asarray(given)
     wanted = ((1, batch), (1, heads), (queries,))
     if array.ndim != 4 or any(
         size not in sizes for size, sizes in zip(array.shape, wanted, strict=False)
     ):
         raise ValueError(
-            f"{name}.shape={array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, "
+            f"{name} has shape {array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, "
             f"N={heads}, T={queries}"
         )
+    if name == "mask" and array.dtype != jnp.bool_:
+        raise ValueError(f"mask.dtype={array.dtype}: must be bool; pass numbers as `bias`")
+    if name == "bias" and not _is_real(array):
+        raise ValueError(f"bias.dtype={array.dtype}: must be numbers; pass bools as `mask`")
+    return jnp.asarray(array)
 
 
 def _by_position(

@@ -25,13 +25,14 @@ from jax.typing import ArrayLike
 from jaxkv import drop, softmax, update
 from jaxkv import state as whole
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
-from jaxkv.checks import as_counts, check_layer, check_new_tokens, check_query, in_range
+from jaxkv.checks import as_counts, as_layer, check_new_tokens, check_query, in_range
 from jaxkv.config import KvCacheConfig
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.scoring import Scoring
 from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
+from jaxkv.status import Status, flagged
 from jaxkv.tiers.tokens import Index
 
 
@@ -114,7 +115,7 @@ def append(
     """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a
     device keeps its own positions."""
     deal = _Deal.of(shards)
-    check_layer(layer, deal.cache.num_layers)
+    layer, exists = as_layer(layer, deal.cache.num_layers)
     keys, values = check_new_tokens(
         keys,
         values,
@@ -122,12 +123,14 @@ def append(
         deal.cache.config.num_kv_heads,
         deal.cache.config.head_dim,
     )
-    count = in_range(
-        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1]
-    )
+    given = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
+    count = in_range(given, keys.shape[1], exists)
     end = shards.end if layer is None else shards.end[layer]
     own = deal.below(end + count) - deal.below(end)
     cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
+    if lengths is not None or exists is not True:
+        status = flagged(cache.status, given != count, Status.OUT_OF_RANGE, layer)
+        cache = dataclasses.replace(cache, status=status)
     return _dealt(
         shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count)
     )
@@ -145,9 +148,9 @@ def attend(
 ) -> Any:
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
     deal = _Deal.of(shards)
-    check_layer(layer, deal.cache.num_layers)
+    layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
-        as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1]
+        as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1], exists
     )
     end = shards.end if layer is None else shards.end[layer]
     first = (
@@ -172,8 +175,9 @@ def prefill(
     """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
     deal = _Deal.of(shards)
     after = append(shards, keys, values, lengths, layer=layer)
+    layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
-        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1]
+        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1], exists
     )
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)

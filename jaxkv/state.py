@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import ring
-from jaxkv.checks import check_layer
+from jaxkv.checks import as_int, as_layer
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, QuantSpec, plain
 from jaxkv.tiers import tokens
@@ -77,12 +77,8 @@ def init(
       key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before
         they quantize.
     """
-    for name, size in (
-        ("batch_size", batch_size),
-        ("num_layers", 1 if num_layers is None else num_layers),
-    ):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r}: must be a positive int")
+    batch_size = as_int("batch_size", batch_size, 1)
+    num_layers = None if num_layers is None else as_int("num_layers", num_layers, 1)
     lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
     heads, head_dim = config.num_kv_heads, config.head_dim
 
@@ -251,7 +247,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     """
     if layer is None and state.num_layers is not None:
         return jax.vmap(gather)(state)
-    check_layer(layer, state.num_layers)
+    layer, exists = as_layer(layer, state.num_layers)
     parts = segments(state, layer)
     index = jnp.arange(state.config.max_tokens)[None]
     sinks_held = jnp.zeros_like(parts[-1].low) if state.sinks is None else parts[0].high
@@ -259,7 +255,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
         index < sinks_held[:, None], index, (parts[-1].low - sinks_held)[:, None] + index
     )
     end = jnp.maximum(sinks_held, parts[0 if state.sinks is None else 1].high)
-    position = jnp.where(position < end[:, None], position, -1)
+    position = jnp.where((position < end[:, None]) & exists, position, -1)
     shape = (*position.shape, state.config.num_kv_heads, state.config.head_dim)
     keys, values = jnp.zeros(shape), jnp.zeros(shape)
     for part in parts:

@@ -18,7 +18,7 @@ from jaxkv import ring
 from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import (
     as_counts,
-    check_layer,
+    as_layer,
     check_new_tokens,
     check_query,
     in_range,
@@ -48,7 +48,9 @@ def append(
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
         None: all. Inside jit, a row whose length is none of these stays as it was and gets
         `Status.OUT_OF_RANGE`.
-      layer: which layer, an int or a traced scalar; required where the state has layers.
+      layer: which layer, an int or a traced scalar; required where the state has layers. A traced
+        layer that the state does not have gets no tokens, and `Status.OUT_OF_RANGE` is set in the
+        layer nearest to it.
       implementation: "xla" does without the GPU kernel that quantizes and stores; else it does what
         it can.
 
@@ -57,12 +59,12 @@ def append(
         surplus layer.
     """
     config = state.config
-    check_layer(layer, state.num_layers)
+    layer, exists = as_layer(layer, state.num_layers)
     keys, values = check_new_tokens(
         keys, values, state.batch_size, config.num_kv_heads, config.head_dim
     )
     given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
-    count = in_range(given, keys.shape[1])
+    count = in_range(given, keys.shape[1], exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
@@ -75,7 +77,7 @@ def append(
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
     status = (
         state.status
-        if lengths is None
+        if lengths is None and exists is True
         else flagged(state.status, given != count, Status.OUT_OF_RANGE, layer)
     )
     moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, status=status)
@@ -109,14 +111,14 @@ def prefill(
       beyond `lengths`.
     """
     config = state.config
-    check_layer(layer, state.num_layers)
+    asked, (layer, exists) = layer, as_layer(layer, state.num_layers)
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     keys, values = check_new_tokens(
         keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1]
     )
     scoring = scoring_of(config, query, scale, options)
     given = as_counts("lengths", lengths, state.batch_size, query.shape[1])
-    count = in_range(given, query.shape[1])
+    count = in_range(given, query.shape[1], exists)
     end = state.end if layer is None else state.end[layer]
     index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     position = jnp.where(index < count[:, None], end[:, None] + index, -1)
@@ -138,7 +140,7 @@ def prefill(
         keys,
         values,
         None if lengths is None else given,
-        layer=layer,
+        layer=asked,
         implementation=implementation,
     ), out
 

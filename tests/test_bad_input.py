@@ -50,7 +50,7 @@ def refused(message: str) -> Any:
         ({"sink_tokens": -1}, "sink_tokens=-1: must be an int of at least 0"),
         ({"warm_length": -2}, "warm_length=-2: must be an int of at least 0"),
         ({"rewind_length": -1}, "rewind_length=-1: must be an int of at least 0"),
-        ({"window": 0}, "window=0: must be None or an int of at least 1"),
+        ({"window": 0}, "window=0: must be an int of at least 1"),
         ({"head_dim": 12}, "head_dim=12: must be a multiple of 8; pad"),
         ({"head_dim": 7}, "head_dim=7: must be a multiple of 8; pad"),
         ({"max_tokens": 3}, "max_tokens=3 cannot hold tail_length=4 .* raise it to 4"),
@@ -142,10 +142,10 @@ def test_legal_corners() -> None:
 @pytest.mark.parametrize("size", [0, -1, 2.0, None], ids=str)
 def test_init(size: Any) -> None:
     """A state needs at least one row, and at least one layer if it has layers."""
-    with refused(f"batch_size={size!r}: must be a positive int"):
+    with refused(f"batch_size={size!r}: must be an int of at least 1"):
         jaxkv.init(CONFIG, size)
     if size is not None:
-        with refused(f"num_layers={size!r}: must be a positive int"):
+        with refused(f"num_layers={size!r}: must be an int of at least 1"):
             jaxkv.init(CONFIG, 1, num_layers=size)
 
 

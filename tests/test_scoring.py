@@ -70,6 +70,7 @@ def options(name: str) -> dict[str, Any]:
         "sink_logits": {"sink_logits": jnp.asarray(rng.normal(size=N) + 2, jnp.float32)},
         "not_causal": {"causal": False},
         "scale": {"scale": 0.5},
+        "scale_per_head": {"scale": rng.uniform(0.1, 0.5, N).astype(np.float32)},
         "none": {},
     }
     combined = {
@@ -95,6 +96,7 @@ SINGLE = [
     "mask",
     "mask_per_head",
     "sink_logits",
+    "scale_per_head",
     "not_causal",
     "none",
 ]
@@ -124,9 +126,9 @@ def dense(
     if o.window is not None:
         seen &= (age < o.window) | (positions < sinks)[:, None, None]
     grouped = [np.repeat(x.astype(np.float64), N // K, axis=2) for x in (keys, values)]
-    scores = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), grouped[0]) * given.get(
-        "scale", H**-0.5
-    )
+    scores = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), grouped[0])
+    scale = np.broadcast_to(given.get("scale", H**-0.5), N).astype(np.float64)
+    scores = scores * scale[:, None, None]
     scores = scores if o.soft_cap is None else o.soft_cap * np.tanh(scores / o.soft_cap)
     added = np.zeros((B, N, T, positions.shape[1]))
     added -= 0 if o.decay is None else np.broadcast_to(o.decay, N)[:, None, None] * age
@@ -155,7 +157,7 @@ def dense(
         * np.abs(values).max()
     )
     bound = [
-        [attention_bound(q, np.stack([k, v], 1), given.get("scale")) for q in row]
+        [attention_bound(q, np.stack([k, v], 1), scale.max()) for q in row]
         for row, k, v in zip(query, keys, values, strict=True)
     ]
     return out, lse, np.array(bound) + more
@@ -214,7 +216,7 @@ def check(name: str, given: dict[str, Any], config: KvCacheConfig | None = None)
     gives."""
     case, query = filled(name), queries()
     state = case.state if config is None else dataclasses.replace(case.state, config=config)
-    static = {key: given[key] for key in ("causal", "window", "soft_cap") if key in given}
+    static = {key: given[key] for key in ("causal", "window") if key in given}
     traced = {key: given[key] for key in given if key not in static}
     out, lse = (
         np.asarray(x)

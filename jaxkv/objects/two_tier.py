@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from jaxkv.checks import as_int
 from jaxkv.config import KvCacheConfig
 from jaxkv.objects import compiled
 from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, cut, fill, pieces
@@ -210,8 +211,10 @@ class TwoTierKvCache:
         self._drop(compiled.rewind, count)
 
     def _drop(self, verb: Any, count: int) -> None:
-        if not isinstance(count, int) or count < 0:
-            raise KvCacheError(f"{count=}: must be an int of at least 0")
+        try:
+            count = as_int("count", count, 0)
+        except ValueError as error:
+            raise KvCacheError(str(error)) from None
         with self._lock:
             self._state, status = verb(self._state, min(count, self.config.max_tokens + 1))
         if status[0]:

@@ -48,19 +48,19 @@ class Options:
         return added
 
 
-def exact_attention(query: Array, pairs: Array, scale: float | None = None) -> Array:
+def exact_attention(query: Array, pairs: Array, scale: ArrayLike | None = None) -> Array:
     """Softmax attention of query [N, H] over pairs [S, 2, K, H], head by head in float64; zeros if
     S is 0."""
     return attention_and_lse(query, pairs, scale, np.zeros((len(query), len(pairs))), Options())[0]
 
 
 def attention_and_lse(
-    query: Array, pairs: Array, scale: float | None, added: Array, options: Options
+    query: Array, pairs: Array, scale: ArrayLike | None, added: Array, options: Options
 ) -> tuple[Array, Array]:
     """Attention of query [N, H] over pairs [S, 2, K, H] with `added` [N, S] to the scores; its
     log-sum-exps [N], -inf of nothing."""
     out, lse = np.zeros(query.shape), np.full(len(query), -np.inf)
-    scale = query.shape[1] ** -0.5 if scale is None else scale
+    scales = np.broadcast_to(query.shape[1] ** -0.5 if scale is None else scale, len(query))
     for head in range(len(query)):
         scores, values = np.zeros(0), np.zeros((0, query.shape[1]))
         if len(pairs):
@@ -69,7 +69,7 @@ def attention_and_lse(
                 pairs[:, 0, kv_head].astype(np.float64),
                 pairs[:, 1, kv_head].astype(np.float64),
             )
-            scores = scale * (keys @ query[head].astype(np.float64))
+            scores = scales[head] * (keys @ query[head].astype(np.float64))
             scores = (
                 scores
                 if options.soft_cap is None
@@ -88,7 +88,7 @@ def attention_and_lse(
 def attend(
     state: ReferenceState,
     query: Array,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     *,
     return_lse: bool = False,
@@ -106,7 +106,7 @@ def prefill(
     keys: Array,
     values: Array,
     lengths: ArrayLike | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     *,
     return_lse: bool = False,
     **options: Any,
@@ -126,7 +126,7 @@ def _attend(
     state: ReferenceState,
     query: Array,
     raw: Sequence[dict[int, Array]],
-    scale: float | None,
+    scale: ArrayLike | None,
     lengths: ArrayLike | None,
     given: dict[str, Any],
 ) -> tuple[Array, Array]:
