@@ -28,9 +28,10 @@ from jaxkv.objects import (
 )
 from jaxkv.presets import PRESETS, exact_ends, init_layers, init_stack, preset
 from jaxkv.scoring import Scoring
+from jaxkv.signed import StorageError
 from jaxkv.state import CacheState, KvCacheStats, gather, init, nbytes, stats
 from jaxkv.status import Status
-from jaxkv.storage import StorageError, load, save
+from jaxkv.storage import load, save
 from jaxkv.update import append, migrate, prefill
 from jaxkv.view.draw import draw
 

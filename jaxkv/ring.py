@@ -7,8 +7,11 @@ below `sink_tokens` are sinks; the chain holds the rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.config import KvCacheConfig
 
@@ -71,3 +74,10 @@ def position_of(slot: jax.Array, top: jax.Array, offset: int, capacity: int) -> 
         top - offset
     ) % capacity  # slots of the ring's present round; a division per row, none per slot
     return top - filled + slot - jnp.where(slot < filled, 0, capacity)
+
+
+def is_sound(config: KvCacheConfig, end: Any, lost: Any) -> Any:
+    """Whether the numbers `end` [...] and `lost` [..., n] are such as the verbs leave, [...]
+    bool."""
+    most = np.maximum(end - np.minimum(end, config.sink_tokens), 0)
+    return (end >= 0) & ((lost >= 0) & (lost <= most[..., None])).all(-1)

@@ -7,19 +7,17 @@ it has changed.
     config, chain of tiers, and batch
 
 `save` needs the package safetensors; any safetensors reader opens the file. `load` reads it by
-itself, so that the bytes that it has verified are the bytes that it uses. States on several hosts
-are for a checkpoint library: they are pytrees.
+itself (`signed`), so that the bytes that it has verified are the bytes that it uses. States on
+several hosts are for a checkpoint library: they are pytrees.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import mmap as memory_map
+import math
 import os
-import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -28,21 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv import ring
 from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Format, QuantSpec
+from jaxkv.signed import MALFORMED, NO_DIGEST, VERSION, SignedFile, StorageError, sign
 from jaxkv.state import CacheState, Tier, init
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens
-
-VERSION = 2
-"""Raised when the layout of a file, or the meaning of what is in it, changes."""
-
-_NO_DIGEST = "0" * 64
-
-
-class StorageError(ValueError):
-    """A file is not what `load` was asked for: cut short, altered, or of another version or config.
-    Nothing was changed."""
 
 
 def save(path: str | os.PathLike[str], state: CacheState) -> None:
@@ -51,7 +41,8 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
 
     Raises:
       ImportError: the package safetensors is missing.
-      ValueError: the state's arrays are on other hosts too.
+      ValueError: the state's arrays are on other hosts too, or its positions are none that a verb
+        leaves.
     """
     try:
         from safetensors.numpy import save_file
@@ -63,13 +54,13 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.partial"
     metadata = {
         "jaxkv_version": str(VERSION),
-        "sha256": _NO_DIGEST,
+        "sha256": NO_DIGEST,
         "cache": json.dumps(_description(state)),
     }
     try:
         save_file(_arrays(state), temporary, metadata=metadata)
         with open(temporary, "r+b") as file:
-            _sign(file.fileno())
+            sign(file.fileno())
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -90,41 +81,37 @@ def load(
     saved one.
 
     Args:
-      config: the config that the state has to have; None takes any.
+      config: the config that the state has to have; None takes any, and as much memory as the
+        file says.
       rows: which rows of the batch to load, one or several; None: all.
       mmap: map the file instead of reading it, so that it takes no memory besides the arrays.
 
     Raises:
-      StorageError: the file is not a whole, unaltered file of this version, or is for another
-        config.
+      StorageError: the file is not a whole, unaltered file of this version, is for another config,
+        or for more memory than the machine has.
       ValueError: rows that the file does not have.
     """
-    with open(path, "rb") as file:
-        is_empty = os.fstat(file.fileno()).st_size == 0
-        buffer = (
-            memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ)
-            if mmap and not is_empty
-            else file.read()
-        )
-    header, first = _verified(os.fspath(path), buffer)
-    description = json.loads(header["__metadata__"]["cache"])
-    held = _config_of(os.fspath(path), description)
-    _check_config(os.fspath(path), held, config)
-    batch_size, num_layers = description["batch_size"], description["num_layers"]
-    chosen = _chosen(rows, batch_size)
-    shapes = jax.eval_shape(lambda: init(held, len(chosen), num_layers))
+    file = SignedFile.open(path, mmap)
+    held, batch_size, num_layers = _described(file)
+    _check_config(file.path, held, config)
+    try:
+        whole = jax.eval_shape(lambda: init(held, batch_size, num_layers))
+    except MALFORMED as error:
+        raise file.malformed(error) from None
+    end, lost = (file.array(n, leaf.shape, leaf.dtype) for n, leaf in _positions(whole).items())
+    if not ring.is_sound(held, end, lost).all():
+        raise StorageError(f"{file.path} has positions that no verb leaves: save the state anew")
+    chosen, axis = _chosen(rows, batch_size), end.ndim - 1
+    wanted = jax.eval_shape(lambda: init(held, len(chosen), num_layers))
+    _check_memory(file.path, wanted)
 
-    def read(where: Any, full: Any) -> jax.Array:
-        entry = header[_name(where)]
-        stored = np.frombuffer(
-            buffer, full.dtype, int(np.prod(entry["shape"])), first + entry["data_offsets"][0]
-        )
-        part = np.take(stored.reshape(entry["shape"]), chosen, axis=0 if num_layers is None else 1)
+    def read(where: Any, stored: Any, full: Any) -> jax.Array:
+        part = np.take(file.array(_name(where), stored.shape, stored.dtype), chosen, axis=axis)
         array = np.zeros(full.shape, full.dtype)
         array[tuple(slice(size) for size in part.shape)] = part
         return jnp.asarray(array)
 
-    return jax.tree_util.tree_map_with_path(read, shapes)
+    return jax.tree_util.tree_map_with_path(read, _trimmed(whole, end), wanted)
 
 
 def _description(state: CacheState) -> dict[str, Any]:
@@ -148,37 +135,59 @@ def _arrays(state: CacheState) -> dict[str, np.ndarray]:
             "the state is spread over several hosts: save it with a checkpoint library, such as "
             "Orbax"
         )
-    config, used = state.config, max(int(np.max(state.end)) - state.config.sink_tokens, 0)
+    end, lost = (np.asarray(leaf) for leaf in _positions(state).values())
+    sound = ring.is_sound(state.config, end, lost)
+    if not sound.all():
+        raise ValueError(
+            f"rows {np.argwhere(~sound).tolist()} have positions that no verb leaves (end="
+            f"{end[~sound].tolist()}): the state is broken, clear these rows"
+        )
+    stored = jax.tree.leaves(_trimmed(state, end))
+    return {
+        _name(where): np.ascontiguousarray(np.asarray(leaf)[tuple(map(slice, part.shape))])
+        for (where, leaf), part in zip(leaves, stored, strict=True)
+    }
+
+
+def _positions(state: CacheState) -> dict[str, Any]:
+    return {"end": state.end, "lost": state.lost}
+
+
+def _trimmed(state: CacheState, end: np.ndarray) -> CacheState:
+    """Shapes and dtypes of what a file holds of a state: of a ring only the slots that have been
+    written, rows being as long as `end` says."""
+    config, lead = state.config, state.end.shape
+    used = max(int(end.max()) - config.sink_tokens, 0)
 
     def cut(held: Tokens, fmt: Format, capacity: int) -> Tokens:
-        def array(leaf: Any, wanted: Any) -> np.ndarray:
-            index: tuple[Any, ...] = (..., *map(slice, wanted.shape))
-            return np.asarray(leaf)[index]
-
+        part = tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim)
         return jax.tree.map(
-            array, held, tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim)
+            lambda _, leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), held, part
         )
 
     tiers = []
     for tier, spec in zip(state.tiers, config.chain, strict=True):
         capacity = min(spec.capacity, -(-used // spec.group) * spec.group)
-        tiers.append(
-            Tier(cut(tier.keys, spec.key, capacity), cut(tier.values, spec.value, capacity))
-        )
-    trimmed = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, tiers=tuple(tiers)))
-    return {_name(where): np.ascontiguousarray(leaf) for where, leaf in trimmed}
+        keys, values = cut(tier.keys, spec.key, capacity), cut(tier.values, spec.value, capacity)
+        tiers.append(Tier(keys, values))
+    return dataclasses.replace(state, tiers=tuple(tiers))
 
 
 def _name(where: Any) -> str:
     return jax.tree_util.keystr(where, simple=True, separator="/")
 
 
-def _sign(descriptor: int) -> None:
-    """Writes a file's digest into the place kept for it."""
-    with memory_map.mmap(descriptor, 0) as buffer:
-        place, _ = _field(buffer, "sha256")
-        buffer[place : place + len(_NO_DIGEST)] = _digest(buffer, place).encode()
-        buffer.flush()
+def _check_memory(path: str, wanted: CacheState) -> None:
+    """Refuses a state that takes more memory than the machine has, where that can be known."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        leaves = jax.tree.leaves(wanted)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        if size > most:
+            raise StorageError(
+                f"{path} is for a state of {size:,} bytes, this machine has {most:,}: load fewer "
+                "rows, or elsewhere"
+            )
 
 
 def _sync_folder(folder: str) -> None:
@@ -188,68 +197,30 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _verified(path: str, buffer: Any) -> tuple[dict[str, Any], int]:
-    """The header of a file and where its data begin, once every byte has been found to be as it was
-    written."""
+def _described(file: SignedFile) -> tuple[KvCacheConfig, int, int | None]:
+    """The config, rows and layers of a file, if they mean here what they meant there."""
     try:
-        _, version = _field(buffer, "jaxkv_version")
-        place, digest = _field(buffer, "sha256")
-    except ValueError:
-        raise StorageError(
-            f"{path} is no jaxkv file, or is cut short: save the state anew"
-        ) from None
-    if version != str(VERSION):
-        raise StorageError(
-            f"{path} has version {version}, this jaxkv reads version {VERSION}: load it with the "
-            "one that saved it"
-        )
-    if digest != _digest(buffer, place):
-        raise StorageError(
-            f"{path} is cut short or altered (its checksum differs): save the state anew"
-        )
-    end = _header_end(buffer)
-    return json.loads(buffer[8:end]), end
+        description = file.metadata("cache")
+        fields = dict(description["config"])
+        chain, sizes = description["chain"], (description["batch_size"], description["num_layers"])
+    except MALFORMED as error:
+        raise file.malformed(error) from None
+    return _config_of(file.path, fields, chain), *sizes
 
 
-def _field(buffer: Any, name: str) -> tuple[int, str]:
-    """Where in the header the value of a metadata field is, and the value."""
-    found = re.search(rb'"%s":"([^"]*)"' % name.encode(), buffer[8 : _header_end(buffer)])
-    if found is None:
-        raise ValueError(f"no field {name}")
-    return 8 + found.start(1), found[1].decode(errors="replace")
-
-
-def _header_end(buffer: Any) -> int:
-    return 8 + int.from_bytes(buffer[:8], "little")
-
-
-def _digest(buffer: Any, place: int) -> str:
-    """The SHA-256 of a file with zeros for the digest at `place`."""
-    found, view = hashlib.sha256(), memoryview(buffer)
-    for part in (view[:place], _NO_DIGEST.encode(), view[place + len(_NO_DIGEST) :]):
-        found.update(part)
-        if isinstance(part, memoryview):
-            part.release()
-    view.release()
-    return found.hexdigest()
-
-
-def _config_of(path: str, description: dict[str, Any]) -> KvCacheConfig:
+def _config_of(path: str, fields: dict[str, Any], chain: Any) -> KvCacheConfig:
     """The config in a file, if it means here what it meant there."""
-    fields = dict(description["config"])
     try:
         for name in ("key_quant", "value_quant"):
             fields[name] = fields[name] and QuantSpec(**fields[name])
         config = KvCacheConfig(**fields)
-    except (KeyError, TypeError, ValueError) as error:
+        own = json.loads(json.dumps([dataclasses.asdict(tier) for tier in config.chain]))
+    except MALFORMED as error:
         raise StorageError(
             f"{path} has a config that this jaxkv does not know ({error}): load it with the one "
             "that saved it"
         ) from None
-    if (
-        json.loads(json.dumps([dataclasses.asdict(tier) for tier in config.chain]))
-        != description["chain"]
-    ):
+    if own != chain:
         raise StorageError(
             f"{path} has tiers in formats that this jaxkv would choose otherwise: load it with "
             "the one that saved it"

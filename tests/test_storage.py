@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, QuantSpec, storage
-from jaxkv.storage import StorageError, load, save
+from jaxkv.signed import StorageError
+from jaxkv.storage import load, save
 
 B, K, H = 2, 2, 32
 SMALL: dict[str, Any] = {"max_tokens": 96, "num_kv_heads": K, "head_dim": H}
