@@ -10,11 +10,13 @@ TICKS = (2.5, 3, 3.5, 4, 4.5, 5, 6, 8.5)
 
 
 def show(rows: Rows) -> None:
-    print(f"{'cache':<16}{'bits/element':>14}{'perplexity':>12}{'KL':>12}{'top-1':>9}{'tokens':>9}")
+    print(
+        f"{'cache':<16}{'bits/element':>14}{'perplexity':>12}{'KL':>12}{'99.9 %':>9}{'top-1':>9}{'tokens':>9}"
+    )
     for name, row in rows.items():
         increase = f"{row['perplexity_increase_percent']:+.2f} %"
         print(
-            f"{name:<16}{row['bits_per_element']:>14.3f}{increase:>12}{row['kl']:>12.5f}{row['top1']:>9.4f}{row['tokens']:>9,}"
+            f"{name:<16}{row['bits_per_element']:>14.3f}{increase:>12}{row['kl']:>12.5f}{row['kl_99.9']:>9.4f}{row['top1']:>9.4f}{row['tokens']:>9,}"
         )
 
 

@@ -1,9 +1,10 @@
-"""Generates text with SmolLM2-135M through a jaxkv cache, and tells what the cache costs.
+"""Generates text with a model through a jaxkv cache, and tells what the cache costs.
 
     python examples/generate.py --prompt "Why is the sky blue?"
     python examples/generate.py --context 2048 --store fp32    # go on after 2,048 tokens of prose
+    python examples/generate.py --model qwen2.5-0.5b.gguf
 
-The first run downloads the model (98 MB); see smollm2.py.
+The first run without --model downloads SmolLM2-135M (98 MB); see smollm2.py.
 """
 
 import argparse
@@ -14,10 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import gguf_model
 import jax
 import jax.numpy as jnp
 import llama
-import smollm2
 from texts import read_text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -110,6 +111,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a short run that shows that all works"
     )
+    gguf_model.add_model_option(parser)
     add_cache_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
@@ -124,10 +126,11 @@ def positive(text: str) -> int:
     return number
 
 
-def encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(args: argparse.Namespace, model: gguf_model.Model) -> list[int]:
+    start = [] if model.start_token is None else [model.start_token]
     if not args.context:
-        return tokenizer.encode(smollm2.chat_prompt(args.prompt)).ids
-    return tokenizer.encode(read_text("prose")).ids[: args.context]
+        return start + model.encode(model.chat.format(prompt=args.prompt))
+    return [*start, *model.encode(read_text("prose"))][: args.context]
 
 
 def prefill(
@@ -233,10 +236,14 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv)
-    tokenizer = smollm2.load_tokenizer()
-    model, params = smollm2.load_config(), smollm2.load_params()
-    stacked = llama.stack_layers(params)
-    prompt = encode_prompt(args, tokenizer)
+    loaded = gguf_model.load(args.model)
+    model, params, tokenizer, stacked = (
+        loaded.config,
+        loaded.params,
+        loaded.tokenizer,
+        loaded.stacked,
+    )
+    prompt = encode_prompt(args, loaded)
     max_tokens = max(len(prompt) + args.tokens + BLOCK, args.sinks + args.warm + args.tail)
     config = cache_config(args, model, max_tokens)
     state = jaxkv.init(config, num_layers=model.num_layers)
@@ -249,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     decode = compile_decode(model, params, state, llama.cached)
     without_cache = compile_decode(model, params, state, llama.skipped)
 
-    stop = None if args.context else tokenizer.token_to_id(smollm2.END_OF_TURN)  # a text has no end
+    stop = None if args.context else loaded.end_token  # a text has no end
     state, seconds = generate(decode, state, token, keys, args.temperature, tokenizer, stop)
     share = cache_share(decode, without_cache, state, pairs=2 if args.quick else 5)
     report(config, model.num_layers, seconds, share)

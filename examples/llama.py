@@ -1,4 +1,5 @@
-"""A Llama in pure JAX whose attention is a parameter: through a jaxkv cache, or without any.
+"""A Llama, Qwen or Gemma in pure JAX whose attention is a parameter: through a jaxkv cache, or
+without any.
 
 Axis letters: B batch, T new tokens, N query heads, K kv heads, H head dim, L layers, D model width,
 F feed-forward width, V vocabulary. Activations are `[B, T, D]`; every matrix is `[out, in]`.
@@ -24,6 +25,13 @@ class LlamaConfig:
     head_dim: int
     rope_base: float
     norm_eps: float
+    rope_halves: bool = False  # turns the pairs (i, i + H / 2), not (2 i, 2 i + 1)
+    rope_factors: tuple[float, ...] | None = None  # [H / 2], by which frequencies are divided
+    embedding_scale: float = 1.0
+    gelu: bool = False  # in place of SiLU
+    window: int | None = None  # of all layers but every `global_every`th
+    window_rope_base: float = 1e4  # of those layers
+    global_every: int = 6
 
 
 class Layer(NamedTuple):
@@ -38,39 +46,64 @@ class Layer(NamedTuple):
     gate: Array  # [F, D]
     up: Array  # [F, D]
     down: Array  # [D, F]
+    query_bias: Array | None = None  # [N * H], Qwen 2
+    key_bias: Array | None = None  # [K * H]
+    value_bias: Array | None = None
+    query_norm: Array | None = None  # [H], Qwen 3 and Gemma 3
+    key_norm: Array | None = None
+    attention_post_norm: Array | None = None  # [D], Gemma 3
+    ffn_post_norm: Array | None = None
 
 
 class Params(NamedTuple):
-    embedding: Array  # [V, D], also the output projection
+    embedding: Array  # [V, D], also the output projection unless there is a head
     layers: Layer | tuple[Layer, ...]  # stacked: a scan over layers; a tuple: unrolled
     norm: Array  # [D]
+    head: Array | None = None  # [V, D]
 
 
 # attention(state, query [B, T, N, H], keys [B, T, K, H], values [B, T, K, H], layer=i)
-# returns the state and the output [B, T, N, H]. The state is the cache of all layers, or None.
+# returns the state and the output [B, T, N, H]. The state is the cache of all layers, or None. A model
+# whose layers have windows gives `window=` besides, a traced int32.
 State = Any
 Index = int | Array
 Attended = tuple[State, Array]
 Attention = Callable[..., Attended]
 
 
-def cached(state: State, query: Array, keys: Array, values: Array, *, layer: Index) -> Attended:
+def cached(
+    state: State, query: Array, keys: Array, values: Array, *, layer: Index, **options: Any
+) -> Attended:
     """The tokens enter the cache, and the queries attend over what it then holds: decoding."""
     state = jaxkv.append(state, keys, values, layer=layer)
-    return state, jaxkv.attend(state, query, layer=layer)
+    return state, jaxkv.attend(state, query, layer=layer, **options)
 
 
-def prefilled(state: State, query: Array, keys: Array, values: Array, *, layer: Index) -> Attended:
+def prefilled(
+    state: State, query: Array, keys: Array, values: Array, *, layer: Index, **options: Any
+) -> Attended:
     """The queries attend exactly, then the tokens enter the cache: a prompt."""
-    return jaxkv.prefill(state, query, keys, values, layer=layer)
+    return jaxkv.prefill(state, query, keys, values, layer=layer, **options)
 
 
-def uncached(state: State, query: Array, keys: Array, values: Array, *, layer: Index) -> Attended:
+def uncached(
+    state: State,
+    query: Array,
+    keys: Array,
+    values: Array,
+    *,
+    layer: Index,
+    window: Index | None = None,
+) -> Attended:
     """The whole sequence attends to itself, without any cache."""
-    return state, jax.nn.dot_product_attention(query, keys, values, is_causal=True)
+    age = jnp.arange(query.shape[1])[:, None] - jnp.arange(query.shape[1])
+    mask = None if window is None else (age < window)[None, None]
+    return state, jax.nn.dot_product_attention(query, keys, values, mask=mask, is_causal=True)
 
 
-def skipped(state: State, query: Array, keys: Array, values: Array, *, layer: Index) -> Attended:
+def skipped(
+    state: State, query: Array, keys: Array, values: Array, *, layer: Index, **options: Any
+) -> Attended:
     """No attention at all, to time a step without its cache; the sum keeps all three projections in
     use."""
     return state, query + jnp.repeat(keys + values, query.shape[2] // keys.shape[2], axis=2)
@@ -85,17 +118,22 @@ def project(x: Array, weight: Array) -> Array:
     return jnp.einsum("...i,oi->...o", x, weight)
 
 
-def rotary_angles(config: LlamaConfig, positions: Array) -> Array:
+def rotary_angles(config: LlamaConfig, positions: Array, base: float | None = None) -> Array:
     """positions [B, T] -> angles [B, T, 1, H / 2]"""
     exponents = jnp.arange(0, config.head_dim, 2) / config.head_dim
-    return positions[..., None, None] * config.rope_base**-exponents
+    factors = 1.0 if config.rope_factors is None else jnp.array(config.rope_factors)
+    return positions[..., None, None] * (base or config.rope_base) ** -exponents / factors
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotates the interleaved pairs (0, 1), (2, 3), ... of the last axis: x [B, T, heads, H]."""
-    even, odd = x[..., ::2], x[..., 1::2]
+def rotate(x: Array, angles: Array, halves: bool = False) -> Array:
+    """Rotates pairs of the last axis: x [B, T, heads, H]; (0, 1), (2, 3), ..., or those of two
+    `halves`."""
+    first, second = jnp.split(x, 2, axis=-1) if halves else (x[..., ::2], x[..., 1::2])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    turned = first * cos - second * sin, first * sin + second * cos
+    if halves:
+        return jnp.concatenate(turned, axis=-1)
+    return jnp.stack(turned, axis=-1).reshape(x.shape)
 
 
 def run_layer(
@@ -103,18 +141,26 @@ def run_layer(
 ) -> tuple[State, Array]:
     """One transformer layer: x [B, T, D] -> state, x [B, T, D]."""
 
-    def heads(weight: Array) -> Array:  # [out, D] -> [B, T, out / H, H]
-        return project(normed, weight).reshape(*x.shape[:2], -1, config.head_dim)
+    def norm(x: Array, weight: Array | None) -> Array:
+        return x if weight is None else rms_norm(x, weight, config.norm_eps)
 
-    normed = rms_norm(x, weights.attention_norm, config.norm_eps)
-    query, keys = rotate(heads(weights.query), angles), rotate(heads(weights.key), angles)
-    state, attended = attend(state, query, keys, heads(weights.value))
-    x = x + project(attended.reshape(*x.shape[:2], -1), weights.output)
-    normed = rms_norm(x, weights.ffn_norm, config.norm_eps)
-    x = x + project(
-        jax.nn.silu(project(normed, weights.gate)) * project(normed, weights.up), weights.down
-    )
-    return state, x
+    def heads(weight: Array, bias: Array | None) -> Array:  # [out, D] -> [B, T, out / H, H]
+        x = project(normed, weight)
+        x = x if bias is None else x + bias
+        return x.reshape(*x.shape[:2], -1, config.head_dim)
+
+    normed = norm(x, weights.attention_norm)
+    query = norm(heads(weights.query, weights.query_bias), weights.query_norm)
+    keys = norm(heads(weights.key, weights.key_bias), weights.key_norm)
+    query, keys = (rotate(side, angles, config.rope_halves) for side in (query, keys))
+    state, attended = attend(state, query, keys, heads(weights.value, weights.value_bias))
+    added = project(attended.reshape(*x.shape[:2], -1), weights.output)
+    x = x + norm(added, weights.attention_post_norm)
+    normed = norm(x, weights.ffn_norm)
+    gate = project(normed, weights.gate)
+    gate = jax.nn.gelu(gate) if config.gelu else jax.nn.silu(gate)
+    added = project(gate * project(normed, weights.up), weights.down)
+    return state, x + norm(added, weights.ffn_post_norm)
 
 
 def forward(
@@ -123,13 +169,22 @@ def forward(
     """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B,
     T, D]."""
     start = 0 if state is None else state.end[0][:, None]  # layers agree between calls
-    angles = rotary_angles(config, start + jnp.arange(tokens.shape[1])[None])
+    positions = start + jnp.arange(tokens.shape[1])[None]
+    angles = rotary_angles(config, positions)
+
+    def of_layer(index: Index) -> tuple[Array, Attention]:
+        if config.window is None:
+            return angles, partial(attention, layer=index)
+        is_global = (index + 1) % config.global_every == 0
+        window = jnp.where(is_global, jnp.iinfo(jnp.int32).max, config.window)
+        local = rotary_angles(config, positions, config.window_rope_base)
+        return jnp.where(is_global, angles, local), partial(attention, layer=index, window=window)
 
     def step(carry: Attended, layer: tuple[Index, Layer]) -> tuple[Attended, None]:
         (state, x), (index, weights) = carry, layer
-        return run_layer(config, weights, state, x, angles, partial(attention, layer=index)), None
+        return run_layer(config, weights, state, x, *of_layer(index)), None
 
-    carry = state, params.embedding[tokens]
+    carry = state, params.embedding[tokens] * config.embedding_scale
     if isinstance(params.layers, Layer):
         carry, _ = jax.lax.scan(step, carry, (jnp.arange(config.num_layers), params.layers))
     else:
@@ -141,7 +196,7 @@ def forward(
 
 def logits(params: Params, hidden: Array) -> Array:
     """hidden [..., D] -> logits [..., V]"""
-    return project(hidden, params.embedding)
+    return project(hidden, params.embedding if params.head is None else params.head)
 
 
 def stack_layers(params: Params) -> Params:

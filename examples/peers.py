@@ -24,6 +24,8 @@ TYPES = {
     "q4_0": (llama_cpp.GGML_TYPE_Q4_0, 4.5),
 }
 
+WORST = 32  # largest divergences that are kept, as in perplexity.py
+
 
 def portable_params(default: Callable[[], Any] = bindings.llama_model_default_params) -> Any:
     """Weights as they are in the file: repacked for AMX, they crash on virtual machines that
@@ -55,9 +57,10 @@ def log_probabilities(model_path: str, kv_type: int, tokens: np.ndarray) -> np.n
     return logits
 
 
-def score(model_path: str, windows: np.ndarray) -> dict[str, dict[str, float]]:
+def score(model_path: str, windows: np.ndarray) -> dict[str, dict[str, Any]]:
     """Scores of every type over windows [W, S]."""
     kept: dict[str, list[tuple[float, ...]]] = {name: [] for name in TYPES}
+    worst: dict[str, list[float]] = {name: [] for name in TYPES}
     for number, tokens in enumerate(windows, 1):
         targets = tokens[len(tokens) // 2 :]
         pick = np.arange(len(targets)), targets
@@ -65,18 +68,20 @@ def score(model_path: str, windows: np.ndarray) -> dict[str, dict[str, float]]:
         for name, (kv_type, _) in TYPES.items():
             ours = log_probabilities(model_path, kv_type, tokens)
             exact = ours if exact is None else exact
-            kl = (np.exp(exact) * (exact - ours)).sum(-1).mean()
+            kl = (np.exp(exact) * (exact - ours)).sum(-1)
+            worst[name] += kl.tolist()
             kept[name].append(
                 (
                     ours[pick].mean(),
                     exact[pick].mean(),
-                    kl,
+                    kl.mean(),
                     (ours.argmax(-1) == exact.argmax(-1)).mean(),
                 )
             )
         print(f"llama.cpp: {number} of {len(windows)} windows", file=sys.stderr, flush=True)
     return {
         name: summary(TYPES[name][1], np.mean(rows, axis=0), windows.size // 2)
+        | {"kl_worst": sorted(worst[name], reverse=True)[:WORST]}
         for name, rows in kept.items()
     }
 

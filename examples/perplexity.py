@@ -1,6 +1,7 @@
-"""What a cache costs in quality: SmolLM2-135M reads a text through it, against an fp32 cache.
+"""What a cache costs in quality: a model reads a text through it, against an fp32 cache.
 
     python examples/perplexity.py --text technical --tokens 8192 --store q4 --tail 128 --json
+    python examples/perplexity.py --model qwen2.5-0.5b.gguf    # SmolLM2-135M is the default
 
 The text is cut into windows of 2,048 tokens. Each is fed in chunks: a chunk's tokens are appended,
 then its queries attend over tail and store, as in decoding. The second half of each window is
@@ -13,17 +14,22 @@ import dataclasses
 import json
 import math
 from functools import partial
+from typing import Any
 
+import gguf_model
 import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
-import smollm2
 from generate import add_cache_options, cache_config
 from texts import TEXTS, read_text
 from tqdm import tqdm
 
 import jaxkv
+
+WORST = 32
+"""The largest divergences that a score keeps: enough for the 99.9 % quantile of 16,384 tokens or
+more, whatever parts they come in."""
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -91,7 +97,7 @@ def evaluate(
     windows: np.ndarray,
     baseline: np.ndarray | None = None,
     **reading: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Scores the second half of each window [W, S] read through a cache of `config`.
 
     `baseline` is `read_windows` with `fp32_config`, to be kept where many configs read the same
@@ -103,21 +109,35 @@ def evaluate(
         )
     hidden = read_windows(model, params, config, windows, **reading)
     targets = windows[:, windows.shape[1] // 2 :]
-    # One row of logits is 200 kB: a few hundred at a time.
-    parts = [array.reshape(-1, 256, *array.shape[2:]) for array in (hidden, baseline, targets)]
-    scores = [compare(params, *part) for part in zip(*parts, strict=True)]
-    mean = {
-        name: float(np.mean([score[name] for score in scores], dtype=np.float64))
-        for name in scores[0]
+    return summary(params, hidden, baseline, targets) | {
+        "bits_per_element": bits_per_element(config)
     }
+
+
+def summary(
+    params: llama.Params, hidden: np.ndarray, baseline: np.ndarray, targets: np.ndarray
+) -> dict[str, Any]:
+    """What hidden states [W, S, D] lose against those of the baseline; targets [W, S]."""
+    # One row of logits is 200 kB to 1 MB: a few dozen to hundreds at a time.
+    size = 2**24 // len(params.embedding) if len(params.embedding) > 2**16 else 256
+    size = math.gcd(1 << size.bit_length() - 1, targets.size)
+    parts = [array.reshape(-1, size, *array.shape[2:]) for array in (hidden, baseline, targets)]
+    scores = [compare(params, *part) for part in zip(*parts, strict=True)]
+    score = {name: np.concatenate([each[name] for each in scores]) for name in scores[0]}
+    mean = {name: float(np.mean(each, dtype=np.float64)) for name, each in score.items()}
     return {
         "perplexity": math.exp(mean["loss"]),
         "baseline_perplexity": math.exp(mean["baseline_loss"]),
         "kl": mean["kl"],
+        "kl_worst": np.sort(score["kl"])[: -WORST - 1 : -1].tolist(),
         "top1": mean["top1"],
-        "bits_per_element": bits_per_element(config),
         "tokens": targets.size,
     }
+
+
+def high_quantile(worst: list[float], tokens: int) -> float:
+    """The 99.9 % quantile of `tokens` numbers of which the largest are `worst`, in falling order."""
+    return worst[min(tokens // 1000, len(worst) - 1)]
 
 
 def fp32_config(model: llama.LlamaConfig, length: int) -> jaxkv.KvCacheConfig:
@@ -137,17 +157,22 @@ def bits_per_element(config: jaxkv.KvCacheConfig) -> float:
     return 8 * added / (2 * more * config.num_kv_heads * config.head_dim)
 
 
-def cut_windows(tokens: list[int], num_scored: int, length: int) -> np.ndarray:
+def cut_windows(
+    tokens: list[int], num_scored: int, length: int, start: int | None = None
+) -> np.ndarray:
     """Windows [W, length] of a text whose second halves have `num_scored` tokens, or a little
-    more."""
+    more; each begins with the token `start`, if any."""
     num_windows = -(-num_scored // (length // 2))
-    if len(tokens) < num_windows * length:
+    own = length - (start is not None)  # tokens of the text in a window
+    if len(tokens) < num_windows * own:
         raise ValueError(
             f"the text has {len(tokens):,} tokens; to score {num_scored:,} in windows of "
             f"{length:,} takes "
-            f"{num_windows * length:,}: lower --tokens or give a longer text"
+            f"{num_windows * own:,}: lower --tokens or give a longer text"
         )
-    return np.asarray(tokens[: num_windows * length], np.int32).reshape(num_windows, length)
+    windows = np.asarray(tokens[: num_windows * own], np.int32).reshape(num_windows, own)
+    first = np.full((num_windows, length - own), start or 0, np.int32)
+    return np.concatenate([first, windows], axis=1)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -160,6 +185,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="windows read at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="512 tokens in two short windows")
+    gguf_model.add_model_option(parser)
     add_cache_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
@@ -169,11 +195,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv)
-    model, params = smollm2.load_config(), llama.stack_layers(smollm2.load_params())
-    tokens = smollm2.load_tokenizer().encode(read_text(args.text)).ids
-    windows = cut_windows(tokens, args.tokens, args.window)
-    config = cache_config(args, model, args.window)
-    result = evaluate(model, params, config, windows, chunk=args.chunk, batch_size=args.batch_size)
+    model = gguf_model.load(args.model)
+    tokens = model.encode(read_text(args.text))
+    windows = cut_windows(tokens, args.tokens, args.window, model.start_token)
+    config = cache_config(args, model.config, args.window)
+    reading = {"chunk": args.chunk, "batch_size": args.batch_size}
+    result = evaluate(model.config, model.stacked, config, windows, **reading)
+    result["kl_99.9"] = high_quantile(result.pop("kl_worst"), result["tokens"])
     if args.json:
         print(json.dumps(result))
     else:

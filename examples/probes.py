@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gguf_model
 import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
 import perplexity
-import smollm2
 from generate import PREFILL_CHUNK, prefill
 from texts import read_text
 from tokenizers import Tokenizer
@@ -83,7 +83,7 @@ class BiasedKeys:
         )
         every = jnp.broadcast_to(bias, (*positions.shape, *bias.shape))
         return (
-            llama.rotate(every, llama.rotary_angles(self.model, positions))
+            llama.rotate(every, llama.rotary_angles(self.model, positions), self.model.rope_halves)
             if self.before_rotary
             else every
         )
@@ -208,15 +208,12 @@ def measure_greedy(
         once("greedy", name, lambda config=config: agreement(config))
 
 
-def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, key: str) -> list[int]:
+def passkey_prompt(model: gguf_model.Model, length: int, depth: float, key: str) -> list[int]:
     """A chat of exactly `length` tokens: prose with the passkey hidden at `depth` (0 to 1), and the
     question for it."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text).ids
-
-    before, after = smollm2.CHAT_TEMPLATE.split("{prompt}")
-    start = encode(f"{before}A pass key is hidden in the text below. Find it and remember it.\n\n")
+    encode, (before, after) = model.encode, model.chat.split("{prompt}")
+    start = [] if model.start_token is None else [model.start_token]
+    start += encode(f"{before}A pass key is hidden in the text below. Find it and remember it.\n\n")
     needle = encode(f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
     question = encode(f"\n\nWhat is the pass key?{after}The pass key is")
     filler = encode(read_text("prose"))[: length - len(start) - len(needle) - len(question)]
@@ -241,18 +238,17 @@ def find_passkey(
 
 
 def measure_passkey(
-    model: llama.LlamaConfig,
-    params: llama.Params,
+    loaded: gguf_model.Model,
     quantized: Callable[[int], jaxkv.KvCacheConfig],
     num_trials: int,
     once: Once,
 ) -> None:
     """Hides passkeys at 8 depths of prompts of 1,500 to 7,200 tokens and asks for them, with fp32
     and with `quantized(max_tokens)`."""
-    tokenizer = smollm2.load_tokenizer()
+    model, params, tokenizer = loaded.config, loaded.stacked, loaded.tokenizer
 
     def answers(length: int, depth: float, key: str) -> dict[str, Any]:
-        prompt, room = passkey_prompt(tokenizer, length, depth, key), length + PREFILL_CHUNK
+        prompt, room = passkey_prompt(loaded, length, depth, key), length + PREFILL_CHUNK
         caches = {"FP32": perplexity.fp32_config(model, room), "quantized": quantized(room)}
         texts = {
             name: find_passkey(model, params, config, prompt, tokenizer)

@@ -1,6 +1,7 @@
-"""What each cache costs in quality on SmolLM2-135M: a sweep over codecs, and four harder questions.
+"""What each cache costs in quality on a model: a sweep over codecs, and four harder questions.
 
     python examples/quality.py --tokens 16384            # writes results/quality.json and .png; a rerun adds what is missing
+    python examples/quality.py --model qwen2.5-0.5b.gguf --tokens 8192 --out qwen.json    # SmolLM2-135M is the default
     python examples/quality.py --quick                   # a few caches on two short windows; fails if one has become worse
     python examples/quality.py --peers --python .venv/bin/python    # llama.cpp's KV types on the same windows, too
 
@@ -21,12 +22,12 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import gguf_model
 import jax
 import llama
 import numpy as np
 import perplexity
 import probes
-import smollm2
 from charts import plot, show
 from texts import TEXTS, read_text
 from tqdm import tqdm
@@ -114,13 +115,13 @@ class Results:
         os.replace(unfinished, self.path)
 
 
-def read_parts(num_scored: int, length: int) -> dict[str, np.ndarray]:
+def read_parts(model: gguf_model.Model, num_scored: int, length: int) -> dict[str, np.ndarray]:
     """Both texts in parts of up to `PART` windows [PART, length], in turns: "prose 0", "technical
     0", "prose 1", ..."""
-    tokenizer, halves = smollm2.load_tokenizer(), []
+    halves = []
     for name in TEXTS:
         windows = perplexity.cut_windows(
-            tokenizer.encode(read_text(name)).ids, num_scored // 2, length
+            model.encode(read_text(name)), num_scored // 2, length, model.start_token
         )
         halves.append(
             [
@@ -167,7 +168,7 @@ def summarize(results: Results, section: str, name: str) -> None:
     results.save()
 
 
-def combine(scores: list[dict[str, float]]) -> dict[str, float]:
+def combine(scores: list[dict[str, Any]]) -> dict[str, float]:
     """The scores of several parts as those of one text."""
     tokens = sum(score["tokens"] for score in scores)
 
@@ -178,16 +179,20 @@ def combine(scores: list[dict[str, float]]) -> dict[str, float]:
         mean(lambda s: math.log(s["perplexity"])),
         mean(lambda s: math.log(s["baseline_perplexity"])),
     )
+    worst = sorted((kl for score in scores for kl in score.get("kl_worst", [])), reverse=True)
     return {
         "bits_per_element": scores[0]["bits_per_element"],
         "perplexity_increase_percent": 100 * math.expm1(loss - baseline),
         "kl": mean(lambda s: s["kl"]),
+        "kl_99.9": perplexity.high_quantile(worst, tokens) if worst else math.nan,
         "top1": mean(lambda s: s["top1"]),
         "tokens": tokens,
     }
 
 
-def measure_peers(python: str, parts: dict[str, np.ndarray], results: Results) -> None:
+def measure_peers(
+    python: str, model: pathlib.Path, parts: dict[str, np.ndarray], results: Results
+) -> None:
     """llama.cpp's KV types on the same windows, by the interpreter that has llama-cpp-python."""
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         print(
@@ -198,18 +203,18 @@ def measure_peers(python: str, parts: dict[str, np.ndarray], results: Results) -
         return
     for part, windows in tqdm(parts.items(), "llama.cpp", unit="part"):
         scores = results.once(
-            "llama_cpp_parts", part, lambda windows=windows: run_peers(python, windows)
+            "llama_cpp_parts", part, lambda windows=windows: run_peers(python, model, windows)
         )
         for name, score in scores.items():
             results.once("parts", f"llama.cpp {name}, {part}", lambda score=score: score)
             summarize(results, "llama_cpp", f"llama.cpp {name}")
 
 
-def run_peers(python: str, windows: np.ndarray) -> dict[str, dict[str, float]]:
+def run_peers(python: str, model: pathlib.Path, windows: np.ndarray) -> dict[str, dict[str, float]]:
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, windows)
         file.flush()
-        command = [python, pathlib.Path(__file__).with_name("peers.py"), smollm2.fetch(), file.name]
+        command = [python, pathlib.Path(__file__).with_name("peers.py"), model, file.name]
         return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -239,6 +244,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"{', '.join(QUICK)} on 512 tokens; writes no file unless --out is given",
     )
+    gguf_model.add_model_option(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.tokens, args.window, args.sections, args.only = (
@@ -253,10 +259,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, results: Results) -> None:
-    model, params = smollm2.load_config(), llama.stack_layers(smollm2.load_params())
+    loaded = gguf_model.load(args.model)
+    model, params = loaded.config, loaded.stacked
     caches, parts, wanted = (
         named_caches(model, args.window),
-        read_parts(args.tokens, args.window),
+        read_parts(loaded, args.tokens, args.window),
         args.sections.split(","),
     )
     names = args.only.split(",") if args.only else caches
@@ -264,7 +271,7 @@ def measure(args: argparse.Namespace, results: Results) -> None:
     if "sweep" in wanted:
         sweep(model, params, {name: caches[name] for name in names}, parts, results, args.chunk)
     if args.peers:
-        measure_peers(args.python, parts, results)
+        measure_peers(args.python, loaded.path, parts, results)
     if "bias" in wanted:
         biased, windows = (
             {name: caches[name] for name in CACHES_OF_BIAS},
@@ -278,8 +285,7 @@ def measure(args: argparse.Namespace, results: Results) -> None:
         )
     if "passkey" in wanted:
         probes.measure_passkey(
-            model,
-            params,
+            loaded,
             lambda length: named_caches(model, length)["Q4"],
             args.trials,
             results.once,
@@ -292,7 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "command": f"python examples/quality.py --tokens {args.tokens} --chunk {args.chunk}{' --peers' if args.peers else ''}",
         "device": device_name(),
         "jax": jax.__version__,
-        "model": smollm2.FILE_NAME,
+        "model": gguf_model.load(args.model).path.name,
         "tail": TAIL,
         **{name: getattr(args, name) for name in ("tokens", "window", "chunk")},
     }

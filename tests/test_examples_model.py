@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import generate
+import gguf_model
 import jax
 import jax.numpy as jnp
 import llama
@@ -73,9 +74,9 @@ def params(rng: np.random.Generator) -> llama.Params:
 def tiny_smollm2(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """The examples' programs with the tiny model and SmolLM2's tokenizer; CI runs them with the
     real one."""
-    params = random_params(rng, smollm2.load_tokenizer().get_vocab_size())
-    monkeypatch.setattr(smollm2, "load_config", lambda: TINY)
-    monkeypatch.setattr(smollm2, "load_params", lambda: params)
+    real = gguf_model.load()
+    tiny = real._replace(config=TINY, params=random_params(rng, real.tokenizer.get_vocab_size()))
+    monkeypatch.setattr(gguf_model, "load", lambda path=None: tiny)
 
 
 def random_params(rng: np.random.Generator, vocabulary: int) -> llama.Params:
@@ -251,9 +252,10 @@ def assert_greedy(
 
 @pytest.mark.slow
 def test_smollm2_through_an_exact_cache_is_smollm2() -> None:
-    model, params = smollm2.load_config(), llama.stack_layers(smollm2.load_params())
-    text = smollm2.chat_prompt("Explain in a few sentences how the tides come about.")
-    prompt = jnp.asarray([smollm2.load_tokenizer().encode(text).ids], jnp.int32)
+    loaded = gguf_model.load()
+    model, params = loaded.config, loaded.stacked
+    text = loaded.chat.format(prompt="Explain in a few sentences how the tides come about.")
+    prompt = jnp.asarray([loaded.encode(text)], jnp.int32)
     config = jaxkv.KvCacheConfig(
         128, PRECISION.FP32, PRECISION.FP32, 128, model.num_kv_heads, model.head_dim
     )
@@ -267,7 +269,7 @@ def test_smollm2_through_an_exact_cache_is_smollm2() -> None:
 
 @pytest.mark.slow
 def test_tokenizer_agrees_with_llama_cpp_and_loses_nothing() -> None:
-    tokenizer = smollm2.load_tokenizer()
+    tokenizer = gguf_model.load().tokenizer
     for text, ids in TOKENIZED.items():
         assert tokenizer.encode(text).ids == ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
