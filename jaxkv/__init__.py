@@ -2,12 +2,10 @@
 
 import importlib.metadata
 
-from jaxkv.attend import attend
-from jaxkv.batch import concatenate, replace_rows, take_rows
 from jaxkv.config import KvCacheConfig, Migration
-from jaxkv.drop import clear, evict, rewind
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.models.configs import layers_of
+from jaxkv.models.layers import Layers, init_layers
 from jaxkv.models.spec import LayerSpec
 from jaxkv.objects import (
     AlignedBuffer,
@@ -26,13 +24,26 @@ from jaxkv.objects import (
     PoolStats,
     TwoTierKvCache,
 )
-from jaxkv.presets import PRESETS, exact_ends, init_layers, init_stack, preset
+from jaxkv.presets import PRESETS, exact_ends, preset
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
-from jaxkv.state import CacheState, KvCacheStats, gather, init, nbytes, stats
+from jaxkv.state import CacheState, KvCacheStats, init, nbytes
 from jaxkv.status import Status
 from jaxkv.storage import load, save
-from jaxkv.update import append, migrate, prefill
+from jaxkv.update import migrate
+from jaxkv.verbs import (
+    append,
+    attend,
+    clear,
+    concatenate,
+    evict,
+    gather,
+    prefill,
+    replace_rows,
+    rewind,
+    stats,
+    take_rows,
+)
 from jaxkv.view.draw import draw
 
 __version__ = importlib.metadata.version("jaxkv")
@@ -51,6 +62,7 @@ __all__ = [
     "KvCacheStats",
     "KvMemoryPool",
     "LayerSpec",
+    "Layers",
     "Migration",
     "OutOfMemoryError",
     "PoolStats",
@@ -74,7 +86,6 @@ __all__ = [
     "gather",
     "init",
     "init_layers",
-    "init_stack",
     "layers_of",
     "load",
     "migrate",

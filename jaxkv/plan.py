@@ -237,7 +237,7 @@ def _fits(layers: Sequence[Layer], batch_size: int, mesh: AbstractMesh, memory: 
 def _length(layer: Layer, tokens: int) -> int:
     """The tokens that a layer keeps of so many."""
     window = layer.window if isinstance(layer, LayerSpec) else None
-    return tokens if window is None else min(tokens, max(window, _config(layer).max_tokens))
+    return tokens if window is None else min(tokens, window)
 
 
 def _resized(layer: Layer, tokens: int) -> Layer:

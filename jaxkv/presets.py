@@ -3,12 +3,10 @@ layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.config import KvCacheConfig, Migration
 from jaxkv.formats import Precision, QuantSpec
-from jaxkv.state import CacheState, init
 
 
 def _coded(bits: int, group_size: int | None = None) -> QuantSpec:
@@ -115,22 +113,3 @@ def exact_ends(
         window=config.window,
     )
     return [exact if i < first or i >= num_layers - last else config for i in range(num_layers)]
-
-
-def init_layers(configs: Sequence[KvCacheConfig], batch_size: int = 1) -> list[CacheState]:
-    """One state per layer, for models that unroll their layers."""
-    return [init(config, batch_size) for config in configs]
-
-
-def init_stack(configs: Sequence[KvCacheConfig], batch_size: int = 1) -> CacheState:
-    """One state of all layers, for models that scan over them.
-
-    Raises:
-      ValueError: the layers differ, so that their arrays do not stack.
-    """
-    if len(set(configs)) != 1:
-        raise ValueError(
-            f"{len(set(configs))} different configs: a stack needs one; unroll the layers and use "
-            "init_layers"
-        )
-    return init(configs[0], batch_size, num_layers=len(configs))

@@ -248,11 +248,11 @@ def test_rotary() -> None:
 
 
 def test_sliding_layers_hold_their_window() -> None:
-    """And what one step appends; never sinks; a tail no longer than that."""
-    first, *_, last = layers_of(GPT_OSS, "q4_sinks", 4096, step_tokens=5)
+    """Never sinks; a tail no longer than that; spare slots for drafts."""
+    first, *_, last = layers_of(GPT_OSS, "q4_sinks", 4096, rewind_length=4)
     assert first.config is not None and last.config is not None
-    assert (first.config.max_tokens, first.config.window, first.config.sink_tokens) == (132, 128, 0)
-    assert first.config.tail_length == 132 and not first.config.chain[1:]
+    assert (first.config.max_tokens, first.config.window, first.config.sink_tokens) == (128, 128, 0)
+    assert [tier.capacity for tier in first.config.chain] == [132]
     assert (last.config.max_tokens, last.config.window, last.config.sink_tokens) == (4096, None, 64)
     short = layers_of(GPT_OSS, "q4", 64, tail_length=48, warm_length=8)[0].config
     assert short is not None and (short.max_tokens, short.tail_length) == (64, 48)

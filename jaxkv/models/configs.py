@@ -21,7 +21,7 @@ class ModelShape:
     notes: tuple[str, ...] = ()
 
     def sized(
-        self, preset: str, max_tokens: int | None = None, step_tokens: int = 1, **fields: Any
+        self, preset: str, max_tokens: int | None = None, **fields: Any
     ) -> tuple[LayerSpec, ...]:
         """The layers with their caches' configs; see `layers_of`."""
         if max_tokens is None and self.max_context is None:
@@ -30,15 +30,13 @@ class ModelShape:
             )
         length = max_tokens or self.max_context
         assert length is not None
-        return tuple(spec.sized(preset, length, step_tokens, **fields) for spec in self.layers)
+        return tuple(spec.sized(preset, length, **fields) for spec in self.layers)
 
 
 def layers_of(
     model_config: ModelConfig,
     preset: str = "q4",
     max_tokens: int | None = None,
-    *,
-    step_tokens: int = 1,
     **fields: Any,
 ) -> tuple[LayerSpec, ...]:
     """What each layer of a model caches, from its Hugging Face config.
@@ -48,14 +46,14 @@ def layers_of(
         `to_dict`.
       preset: of every layer; see `jaxkv.preset`.
       max_tokens: that full layers hold; None: as many as the model was made for.
-      step_tokens: the most tokens appended before an `attend`, which sliding layers need room for
-        (drafts; prompts too where layers share). `extend` needs none for a prompt of its own.
-      **fields: of every layer's `KvCacheConfig`, over the preset's.
+      **fields: of every layer's `KvCacheConfig`, over the preset's. A sliding layer keeps its
+        window: where T tokens are appended before they attend (drafts; and prompts, where layers
+        share), set rewind_length to T - 1. `extend` needs none for a prompt of a layer's own.
 
     Raises:
       ValueError: the config lacks a field, which is named, or has layers that are not known.
     """
-    return model_shape(model_config).sized(preset, max_tokens, step_tokens, **fields)
+    return model_shape(model_config).sized(preset, max_tokens, **fields)
 
 
 def model_shape(model_config: ModelConfig) -> ModelShape:

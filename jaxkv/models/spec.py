@@ -81,12 +81,9 @@ class LayerSpec:
         named = {"scale": self.scale, "soft_cap": self.soft_cap, "decay": self.decay}
         return {name: value for name, value in named.items() if value is not None}
 
-    def sized(self, preset: str, max_tokens: int, step_tokens: int = 1, **fields: Any) -> LayerSpec:
-        """The layer with the config that holds what it may look at, of `max_tokens` tokens.
-
-        A sliding layer keeps its window, and room for the `step_tokens` that one call appends
-        before it attends. It keeps no sinks: they would be seen from outside the window.
-        """
+    def sized(self, preset: str, max_tokens: int, **fields: Any) -> LayerSpec:
+        """The layer with the config that holds what it may look at, of `max_tokens` tokens: a
+        sliding layer keeps its window, and no sinks."""
         if not self.keeps:
             return self
         given = {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim, **fields}
@@ -97,7 +94,7 @@ class LayerSpec:
             return dataclasses.replace(
                 self, config=preset_config(preset, max_tokens=max_tokens, **given)
             )
-        room = min(max_tokens, self.window + step_tokens - 1)
+        room = min(max_tokens, self.window)
         for name in ("warm_length", "tail_length"):
             if name in given:
                 given[name] = min(

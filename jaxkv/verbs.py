@@ -1,0 +1,41 @@
+"""The public verbs: each takes the state of one layer or of a stack of layers, or a model's
+`Layers`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from jaxkv import batch, drop, state, update
+from jaxkv.attend import attend as attend_state
+from jaxkv.models import verbs
+from jaxkv.models.layers import Layers
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def _either(of_state: Verb, of_layers: Callable[..., Any]) -> Verb:
+    """The verb that looks at what it is given first."""
+
+    @functools.wraps(of_state)
+    def verb(*args: Any, **named: Any) -> Any:
+        first = args[0] if args else next(iter(named.values()), None)
+        if isinstance(first, list | tuple) and first:
+            first = first[0]
+        return (of_layers if isinstance(first, Layers) else of_state)(*args, **named)
+
+    return cast(Verb, verb)
+
+
+append = _either(update.append, verbs.append)
+attend = _either(attend_state, verbs.attend)
+prefill = _either(update.prefill, verbs.prefill)
+gather = _either(state.gather, verbs.gather)
+evict = _either(drop.evict, verbs.evict)
+rewind = _either(drop.rewind, verbs.rewind)
+clear = _either(drop.clear, verbs.clear)
+take_rows = _either(batch.take_rows, verbs.take_rows)
+concatenate = _either(batch.concatenate, verbs.concatenate)
+replace_rows = _either(batch.replace_rows, verbs.replace_rows)
+stats = _either(state.stats, verbs.stats)
