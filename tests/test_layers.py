@@ -151,7 +151,9 @@ def test_layers_are_each_layer_alone() -> None:
             alone = write(alone, *news[i][1:])
             found.append(look(alone, news[i][0]))
         np.testing.assert_allclose(jnp.concatenate(found, axis=1), outs[i], rtol=2e-5, atol=2e-6)
-        assert_same(jaxkv.gather(alone), jaxkv.gather(state, layer=i))
+        _, stack, rank = state.find(i)
+        held = jax.tree.map(lambda leaf, rank=rank: leaf[rank], state.stacks[stack])
+        assert_same(jax.tree.leaves(held), jax.tree.leaves(alone))
     assert state.end.tolist() == [TOTAL] * B
 
 
@@ -236,8 +238,9 @@ def test_rewind_leaves_no_trace() -> None:
     for news in chunks()[20:24]:
         drafted, _ = step(drafted, news)
     back = jax.jit(jaxkv.rewind)(drafted, jnp.asarray([4, 4]))
-    for layer in LAYERS:
-        assert_same(jaxkv.gather(back, layer=layer), jaxkv.gather(state, layer=layer))
+    look = jax.jit(lambda held, like: jaxkv.gather(held, layer=like), static_argnames="like")
+    for like in (0, 1):
+        assert_same(look(back, like), look(state, like))
     assert_same(step(back, chunks()[20])[1], step(state, chunks()[20])[1])
 
 
@@ -278,13 +281,15 @@ def test_states_of_other_kinds_go_back_only_to_what_is_given() -> None:
     for i in (1, 2):
         state = jaxkv.append(state, *tokens(TOTAL)[i][1:], layer=i)
     state = state.with_own(0, jnp.ones((B, 3)))
-    for verb in (lambda own: jaxkv.rewind(state, 1, own), lambda own: jaxkv.clear(state, own)):
+    for verb in (lambda own: jaxkv.rewind(state, 1, own), lambda own: jaxkv.clear(state, own=own)):
         with pytest.raises(ValueError, match=r"layers \[0\] have states of their own kind"):
             verb(None)
         assert_same(verb({0: before}).own[0], before)
     assert_same(jaxkv.evict(state, 1).own, state.own)
+    row = jaxkv.clear(state, 1, own={0: before})
+    assert row.own[0].tolist() == [[1, 1, 1], [0, 0, 0]] and row.end.tolist() == [TOTAL, 0]
     with pytest.raises(ValueError, match=r"own\[0\] has an array \(3,\)"):
-        jaxkv.clear(state, {0: jnp.zeros(3)})
+        jaxkv.clear(state, own={0: jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"own\[9\]: the model has layers 0 .. 3"):
         jaxkv.init_layers(specs, B, own={9: before})
 
@@ -363,11 +368,12 @@ def test_refusals() -> None:
 
 def test_a_decode_step_writes_in_place() -> None:
     """Donated, a step over all layers needs less memory than one layer's store."""
-    specs = jaxkv.layers_of(MODEL, "q4", 4096)
+    specs = jaxkv.layers_of(MODEL, "q4", 65536)
     state = jax.eval_shape(lambda: jaxkv.init_layers(specs, B))
     news = [tuple(jax.ShapeDtypeStruct((B, 1, h, H), jnp.float32) for h in (N, K, K))] * 5
     compiled = jax.jit(step, donate_argnums=0).lower(state, news).compile()
     memory = compiled.memory_analysis()
     store = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // 2
     assert memory.temp_size_in_bytes < store
-    assert memory.alias_size_in_bytes > 0.99 * jaxkv.nbytes(jaxkv.init_layers(specs, B))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= held

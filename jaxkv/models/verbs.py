@@ -23,7 +23,7 @@ from jaxkv.state import CacheState, KvCacheStats
 def append(
     layers: Layers,
     keys: jax.Array,
-    values: jax.Array | None,
+    values: jax.Array,
     lengths: ArrayLike | None = None,
     *,
     layer: Layer,
@@ -60,7 +60,7 @@ def prefill(
     layers: Layers,
     query: jax.Array,
     keys: jax.Array,
-    values: jax.Array | None,
+    values: jax.Array,
     lengths: ArrayLike | None = None,
     *,
     scale: ArrayLike | None = None,
@@ -96,12 +96,14 @@ def _options(
     given: dict[str, Any],
     start: jax.Array,
     query: jax.Array,
+    valid: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """What a layer is scored by: its spec, and over it what the caller gives. `start` [B] is the
     position of the first query."""
     found = spec.options()
     if spec.kind is Kind.CHUNKED and spec.window is not None:
-        position = start[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+        given_ones = jnp.ones(query.shape[:2], bool) if valid is None else jnp.asarray(valid)
+        position = start[:, None] + jnp.cumsum(given_ones, axis=1, dtype=jnp.int32) - 1
         found["window"] = position % spec.window + 1
     found |= {name: value for name, value in given.items() if value is not None}
     return found if scale is None else found | {"scale": scale}
@@ -152,24 +154,32 @@ def rewind(layers: Layers, count: ArrayLike, own: Mapping[int, Any] | None = Non
 
     def settled(old: CacheState, new: CacheState) -> CacheState:
         """Everything but the status as it was, in rows that are refused."""
-        moved = {
-            field.name: jax.tree.map(
-                lambda a, b: jnp.where(jnp.reshape(refused, (1, -1) + (1,) * (a.ndim - 2)), a, b),
-                getattr(old, field.name),
-                getattr(new, field.name),
-            )
-            for field in dataclasses.fields(old)
-            if field.name not in ("sinks", "tiers", "status", "config")
-        }
+        kept = [f.name for f in dataclasses.fields(old)]
+        kept = [n for n in kept if n not in ("sinks", "tiers", "status", "config")]
+        moved: dict[str, Any] = {n: _in_rows(refused, 1, getattr(old, n), getattr(new, n)) for n in kept}
         return dataclasses.replace(new, **moved)
 
     return dataclasses.replace(layers, stacks=tuple(settled(old, new) for old, new in pairs))
 
 
-def clear(layers: Layers, own: Mapping[int, Any] | None = None) -> Layers:
-    """Forgets all tokens in all layers; `own` as for `rewind`: the states to begin with."""
-    layers = _restored(layers, own, "clear")
-    return dataclasses.replace(layers, stacks=tuple(map(drop.clear, layers.stacks)))
+def clear(
+    layers: Layers, rows: ArrayLike | None = None, own: Mapping[int, Any] | None = None
+) -> Layers:
+    """`jaxkv.clear` in all layers; `own` as for `rewind`: the states to begin with."""
+    fresh = _restored(layers, own, "clear").own
+    chosen = jnp.ones(layers.batch_size, bool)
+    if rows is not None:
+        chosen = jnp.zeros_like(chosen).at[jnp.asarray(rows)].set(True, mode="drop")
+    stacks = tuple(drop.clear(held, rows) for held in layers.stacks)
+    own_now = jax.tree.map(lambda old, new: _in_rows(chosen, 0, new, old), layers.own, fresh)
+    return dataclasses.replace(layers, stacks=stacks, own=own_now)
+
+
+def _in_rows(chosen: jax.Array, axis: int, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Rows of one array where `chosen` [B], of another elsewhere."""
+    shape = [1] * one.ndim
+    shape[axis] = -1
+    return jnp.where(chosen.reshape(shape), one, other)
 
 
 def _restored(layers: Layers, own: Mapping[int, Any] | None, verb: str) -> Layers:
@@ -217,8 +227,12 @@ def replace_rows(layers: Layers, rows: ArrayLike, new: Layers) -> Layers:
 
 def _check_alike(name: str, layers: Layers, other_name: str, other: Layers) -> None:
     same = layers.specs == other.specs
-    if not same or jax.tree.structure(layers.own) != jax.tree.structure(other.own):
+    if not same or _tree(layers.own) != _tree(other.own):
         raise ValueError(f"{name} and {other_name} are of different layers: make both alike")
+
+
+def _tree(own: Any) -> Any:
+    return jax.tree.structure(own)
 
 
 def stats(layers: Layers) -> KvCacheStats:
