@@ -156,7 +156,9 @@ def rewind(layers: Layers, count: ArrayLike, own: Mapping[int, Any] | None = Non
         """Everything but the status as it was, in rows that are refused."""
         kept = [f.name for f in dataclasses.fields(old)]
         kept = [n for n in kept if n not in ("sinks", "tiers", "status", "config")]
-        moved: dict[str, Any] = {n: _in_rows(refused, 1, getattr(old, n), getattr(new, n)) for n in kept}
+        moved: dict[str, Any] = {
+            n: _in_rows(refused, 1, getattr(old, n), getattr(new, n)) for n in kept
+        }
         return dataclasses.replace(new, **moved)
 
     return dataclasses.replace(layers, stacks=tuple(settled(old, new) for old, new in pairs))
