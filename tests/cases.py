@@ -197,7 +197,7 @@ def quantization_bound(entry: Entry, before: Array) -> Array:
     """How far heads of tokens may be from what they were given as, once in the tier.
 
     `before` [T, K] is how far they may have been already. An element moves by half a step, plus
-    what scale and zero point lose to 16 bits, 2**-11 of the largest each; a search for a better
+    what the zero point loses to 16 bits, 2**-11 of it; a search for a better
     scale makes the sum of squares no larger. Turning keeps lengths, to 11 bits where the basis is
     aligned.
     """
@@ -249,9 +249,9 @@ def tie_bound(entry: Entry, before: Array) -> Array:
     exact_step, levels = (
         (most, 2 ** (fmt.bits - 1) - 1) if fmt.symmetric else (high - low, 2**fmt.bits - 1)
     )
-    moved = _may_round_differently(
-        exact_step / levels, 2 * apart / levels
-    ) | _may_round_differently(low, apart)
+    exact_step = np.maximum(exact_step / levels, 0 if fmt.symmetric else np.abs(low) * 2.0**-15)
+    moved = _may_round_differently(exact_step, 2 * apart / levels, reference.as_scale)
+    moved |= _may_round_differently(low / step, apart / step, np.float16)
     near_tie = np.abs(np.abs(codes - np.floor(codes)) - 0.5) < TIE + 3 * apart / step
     whole_step = np.where(near_tie | moved, 1.01 * step, 0) + np.where(moved, 2.0**-9 * most, 0)
     return _norms_of_groups(whole_step + 2.0**-19 * most + 3 * apart, entry, fmt)
@@ -279,11 +279,13 @@ def _norms_of_groups(elements: Array, entry: Entry, spec: QuantSpec) -> Array:
     return norms(back) * (2 ** (halvings % 1) if spec.rotate else 1)
 
 
-def _may_round_differently(x: Array, apart: Array | float) -> Array:
-    """Whether float16 may make something else of an x that is `apart`, or otherwise rounded in
+def _may_round_differently(
+    x: Array, apart: Array | float, rounded: Callable[[Array], Array]
+) -> Array:
+    """Whether `rounded` may make something else of an x that is `apart`, or otherwise rounded in
     float32."""
     size = 1e-6 * np.abs(x) + apart
-    found: Array = (x + size).astype(np.float16) != (x - size).astype(np.float16)
+    found: Array = rounded((x + size).astype(np.float32)) != rounded((x - size).astype(np.float32))
     return found
 
 

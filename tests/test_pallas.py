@@ -99,22 +99,16 @@ def held(
 
     def fill(name: str) -> Any:
         array = getattr(blank, name)
-        if array is None or array.dtype != jnp.float16:
-            return (
-                array
-                if array is None
-                else jnp.asarray(rng.integers(0, 256, array.shape), jnp.uint8).astype(array.dtype)
-            )
-        small = rng.uniform(0.5, 1.5, array.shape) * {
-            "scale_unit": 2.0**-8,
-            "zero_unit": 2.0**-8,
-        }.get(name, 1.0)
-        return jnp.asarray(
-            np.where(
-                by_slot, np.nan, small * (-1.0 if name == "zero_point" else 2.0 / 2**fmt.bits)
-            ),
-            jnp.float16,
-        )
+        if array is None:
+            return None
+        if array.dtype in (jnp.int8, jnp.uint8):
+            return jnp.asarray(rng.integers(0, 256, array.shape), jnp.uint8).astype(array.dtype)
+        small = rng.uniform(0.5, 1.5, array.shape)
+        if name == "zero_point":
+            return jnp.asarray(np.where(by_slot, np.nan, -small * 2 ** (fmt.bits - 1)), jnp.float16)
+        small *= 2.0**-8 if name.endswith("unit") else 2.0 / 2**fmt.bits
+        bits = np.where(by_slot, np.nan, small).astype(np.float32).view(np.uint32) >> 15
+        return jnp.asarray(bits, codec.SCALE_DTYPE)
 
     return Tokens(
         **{
@@ -172,11 +166,7 @@ def largest(fmt: Any, array: Tokens) -> float:
     """A bound on the elements of stored tokens and on what they are made of."""
     if isinstance(fmt, Precision):
         return float(jnp.nanmax(jnp.abs(tokens.floats(array.data))))
-    scale, zero_point = (
-        codec.widened(*pair)
-        for pair in ((array.scale, array.scale_unit), (array.zero_point, array.zero_unit))
-    )
-    assert scale is not None
+    scale, zero_point = codec.widened(array)
     top = float(jnp.nanmax(scale)) * 2**fmt.bits
     return top if zero_point is None else top + float(jnp.nanmax(jnp.abs(zero_point)))
 

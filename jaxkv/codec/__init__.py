@@ -1,17 +1,18 @@
 """How numbers are written down: quantized groups, packed words, rotations, exact arithmetic."""
 
 from jaxkv.codec.pack import pack, split, unpack
-from jaxkv.codec.quantize import (
+from jaxkv.codec.quantize import Quantized, dequantize, quantize
+from jaxkv.codec.scales import (
     SCALE_DTYPE,
-    Quantized,
-    dequantize,
+    ZERO_DTYPE,
     full_zero_point,
-    quantize,
     widened,
+    widened_scale,
 )
 
 __all__ = [
     "SCALE_DTYPE",
+    "ZERO_DTYPE",
     "Quantized",
     "dequantize",
     "full_zero_point",
@@ -20,4 +21,5 @@ __all__ = [
     "split",
     "unpack",
     "widened",
+    "widened_scale",
 ]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import codec
 from jaxkv.formats import Format, channel_group
 from jaxkv.tiers.tokens import SCALES, Index, Tokens
 
@@ -41,17 +40,10 @@ class Blocks:
         return cls(tokens, fmt, flat)
 
     def at(self, start: jax.Array, size: int, layer: Index, row: Index = None) -> Tokens:
-        """The slots [start, start + size) of one layer, `data` [B, K, size * W]; of one row where
-        one is named.
-
-        Still encoded but for two-level scales, which are widened to float32. `start` and `size` are
-        multiples of a channel group.
+        """The slots [start, start + size) of one layer, still encoded, `data` [B, K, size * W]; of
+        one row where one is named. `start` and `size` are multiples of a channel group.
         """
-        found = {name: self._cut(name, start, size, layer, row) for name in self.flat}
-        for name, unit in (("scale", "scale_unit"), ("zero_point", "zero_unit")):
-            if unit in found:
-                found[name] = jnp.asarray(codec.widened(found[name], found.pop(unit)))
-        return Tokens(**found)
+        return Tokens(**{name: self._cut(name, start, size, layer, row) for name in self.flat})
 
     def _cut(self, name: str, start: jax.Array, size: int, layer: Index, row: Index) -> jax.Array:
         array: jax.Array = getattr(self.tokens, name)

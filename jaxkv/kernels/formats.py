@@ -282,7 +282,6 @@ class ChannelGroups(_Coded):
 
 
 def _scales(spec: QuantSpec, block: Tokens) -> tuple[jax.Array, jax.Array]:
-    assert block.scale is not None
-    return block.scale.astype(jnp.float32), codec.full_zero_point(
-        spec, block.scale, block.zero_point
-    )
+    """Scales and zero points in float32."""
+    scale, zero_point = codec.widened(block)
+    return scale, codec.full_zero_point(spec.bits, scale, zero_point)

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from jaxkv import codec
 from jaxkv.formats import Format, Precision, QuantSpec
 
 LEAST = 16
@@ -83,15 +84,14 @@ class Block:
     def row(self, ref: Any, group: int) -> jax.Array:
         """[S] float32 of an array [..., groups, slots]; zeros where not `valid`."""
         index = (*self.place[:-1], self.place[-1] if ref.shape[-3] > 1 else 0, group, self.slot)
-        found = _load(ref.at[index], self.inside).astype(jnp.float32)
+        found = _wide(_load(ref.at[index], self.inside))
         return found if self.valid is None else jnp.where(self.valid, found, 0)
 
-    def by_token(self, ref: Any, unit: Any, group: int) -> Any:
-        """The scales or zero points [S] of a group, in units where they have two levels; None where
-        absent."""
-        if ref is None:
-            return None
-        return self.row(ref, group) if unit is None else self.row(ref, group) * self.row(unit, 0)
+
+def _wide(stored: jax.Array) -> jax.Array:
+    """Scales, zero points or units as they are stored, in float32."""
+    is_scale = stored.dtype == codec.SCALE_DTYPE
+    return codec.widened_scale(stored) if is_scale else stored.astype(jnp.float32)
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
@@ -223,11 +223,15 @@ class TokenGroups(_Coded):
         ]  # a last part is centred as it is
 
     def scale(self, refs: Refs, block: Block, group: int) -> jax.Array:
-        return block.by_token(refs.scale, refs.scale_unit, group)
+        found = block.row(refs.scale, group)
+        return found if refs.scale_unit is None else found * block.row(refs.scale_unit, 0)
 
     def offset(self, refs: Refs, block: Block, kind: Kind) -> jax.Array:
-        zero_point = block.by_token(refs.zero_point, refs.zero_unit, kind[0])
-        return self.shift(self.scale(refs, block, kind[0]), zero_point, kind[1])
+        scale, zero_point = self.scale(refs, block, kind[0]), None
+        if refs.zero_point is not None:
+            unit = scale if refs.zero_unit is None else block.row(refs.zero_unit, 0)
+            zero_point = block.row(refs.zero_point, kind[0]) * unit
+        return self.shift(scale, zero_point, kind[1])
 
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
         return [[words.astype(jnp.bfloat16)] for words in self.masked(refs, block)]
@@ -249,15 +253,16 @@ class Dequantized(_Coded):
 
     def dequantized(self, refs: Refs, block: Block, tile: int, words: jax.Array) -> jax.Array:
         codes = words.astype(jnp.float32) * 2.0 ** (-self.fmt.bits * self.part(tile))
-        scale = self.by_element(refs.scale, refs.scale_unit, block, tile)
-        return codes * scale + self.shift(
-            scale, self.by_element(refs.zero_point, refs.zero_unit, block, tile), self.is_last(tile)
-        )
+        scale, zero_point = self.by_element(refs.scale, block, tile), None
+        if refs.scale_unit is not None:
+            scale = scale * block.row(refs.scale_unit, 0)[:, None]
+        if refs.zero_point is not None:
+            unit = scale if refs.zero_unit is None else block.row(refs.zero_unit, 0)[:, None]
+            zero_point = self.by_element(refs.zero_point, block, tile) * unit
+        return codes * scale + self.shift(scale, zero_point, self.is_last(tile))
 
-    def by_element(self, ref: Any, unit: Any, block: Block, tile: int) -> Any:
-        """The scales or zero points [S, padded(size)] of a tile's elements."""
-        if ref is None:
-            return None
+    def by_element(self, ref: Any, block: Block, tile: int) -> jax.Array:
+        """The scales or zero points [S, padded(size)] of a tile's elements, without their units."""
         slots, elements = (
             block.slot[:, None],
             tile * self.size + jnp.arange(padded(self.size))[None],
@@ -268,8 +273,7 @@ class Dequantized(_Coded):
             else (elements // self.group, slots)
         )
         mask = block.inside if block.valid is None else block.valid
-        found = block.tile(ref, *index, self.size, mask).astype(jnp.float32)
-        return found if unit is None else found * block.row(unit, 0)[:, None]
+        return _wide(block.tile(ref, *index, self.size, mask))
 
 
 def side(fmt: Format, head_dim: int) -> Side:

@@ -25,6 +25,7 @@ from jaxkv.reference.cache import (
 )
 from jaxkv.reference.formats import (
     FLOATS,
+    as_scale,
     from_groups,
     mirror_of,
     quantize_groups,
@@ -40,6 +41,7 @@ __all__ = [
     "ReferenceState",
     "Row",
     "append",
+    "as_scale",
     "attend",
     "attention_and_lse",
     "clear",

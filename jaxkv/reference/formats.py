@@ -32,19 +32,34 @@ def rotate(x: Array, inverse: bool = False) -> Array:
     return blocks.reshape(x.shape).astype(np.float32)
 
 
+LEAST_SCALE = np.float32(2.0**-100)
+
+
+def as_scale(x: Array) -> Array:
+    """Float32 rounded up to 9 significant bits, the sign left out: 16 bits with float32's range."""
+    bits = np.maximum(x, LEAST_SCALE).astype(np.float32).view(np.int32)
+    return ((bits + 0x7FFF) & ~0x7FFF).view(np.float32)
+
+
+def as_zero_point(x: Array, scale: Array) -> Array:
+    """The nearest float16 number of scales."""
+    most = np.finfo(np.float16).max
+    return np.clip(x / scale, -most, most).astype(np.float16).astype(np.float32) * scale
+
+
 def quantize_groups(groups: Array, bits: int, symmetric: bool) -> tuple[Array, Array, Array]:
     """Codes, scale and zero point of groups [..., size] float32; scale and zero point are rounded
     first."""
     if symmetric:
         lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         zero_point = np.zeros_like(groups[..., :1])
-        scale = np.abs(groups).max(-1, keepdims=True) / np.float32(highest)
+        scale = as_scale(np.abs(groups).max(-1, keepdims=True) / np.float32(highest))
     else:
         lowest, highest = 0, 2**bits - 1
-        zero_point = groups.min(-1, keepdims=True)
-        scale = (groups.max(-1, keepdims=True) - zero_point) / np.float32(highest)
-    scale, zero_point = (x.astype(np.float16).astype(np.float32) for x in (scale, zero_point))
-    scale = np.where(scale == 0, np.float32(2.0**-14), scale)
+        low = groups.min(-1, keepdims=True)
+        scale = (groups.max(-1, keepdims=True) - low) / np.float32(highest)
+        scale = as_scale(np.maximum(scale, np.abs(low) * np.float32(2.0**-15)))
+        zero_point = as_zero_point(low, scale)
     codes = np.clip(np.rint((groups - zero_point) / scale), lowest, highest)
     return codes, scale, zero_point
 

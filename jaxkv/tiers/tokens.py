@@ -7,8 +7,8 @@ layers):
     float tiers      data [B, K, S, H]; bfloat16 as its int16 bits
     quantized tiers  data [B, K, S, W] int8 words (`codec.pack`), W = H * bits // 8
                      scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis
-                     [B, K, S // group, H]; float16, or uint8 and int8 in units of scale_unit,
-                     zero_unit [B, 1, 1, S] float16 (two-level)
+                     [B, K, S // group, H]; uint16 (`codec.scales`) and float16, or uint8 and int8
+                     in units of scale_unit, zero_unit [B, 1, 1, S] uint16 (two-level)
                      mean, mirror [B, K, H] float32 where the spec centres or aligns
 
 XLA:CPU widens a scatter or a loop's slices of bfloat16, and with them the whole buffer, to float32
@@ -63,10 +63,8 @@ def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
         _scale_shape(fmt, heads, capacity, head_dim),
         _array((1, 1, capacity), codec.SCALE_DTYPE),
     )
-    scale, zero_point = (
-        _array(shape, small if fmt.two_level else codec.SCALE_DTYPE)
-        for small in (jnp.uint8, jnp.int8)
-    )
+    kinds = (jnp.uint8, jnp.int8) if fmt.two_level else (codec.SCALE_DTYPE, codec.ZERO_DTYPE)
+    scale, zero_point = (_array(shape, kind) for kind in kinds)
     units = (unit, unit) if fmt.two_level else (None, None)
     row = _array((heads, head_dim), jnp.float32)
     return Tokens(
