@@ -12,12 +12,14 @@ from jax.typing import ArrayLike
 
 from jaxkv import softmax
 from jaxkv.checks import as_counts, as_layer, check_query, in_range
+from jaxkv.codec.arithmetic import power_of_two, to_unit
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
 from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
+from jaxkv.tiers.entry import finite
 from jaxkv.tiers.tokens import Index, Tokens, basis_of, only
 
 QUERY_BLOCK = 128
@@ -97,7 +99,8 @@ def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_l
         if scoring.sink_logits is not None
         else partials
     )
-    out = unfold(softmax.normalize(merged), query).astype(query.dtype)
+    most = float(jnp.finfo(query.dtype).max)  # values may be larger than float16
+    out = jnp.clip(unfold(softmax.normalize(merged), query), -most, most).astype(query.dtype)
     return (
         (out, unfold(softmax.log_sum_exp(merged)[..., None], query)[..., 0]) if return_lse else out
     )
@@ -125,6 +128,8 @@ def over_segments(
             key_basis = basis_of(part.tier.keys, part.spec.key, layer)
             value_basis = basis_of(part.tier.values, part.spec.value, layer)
             mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
+            if mean_score is not None:
+                mean_score = softmax.bounded(mean_score * unit)
 
             def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
                 if mean_score is not None and capped:
@@ -134,6 +139,7 @@ def over_segments(
             found = dispatch.partial_attention(
                 part.codes_only(),
                 key_basis.query(folded),
+                unit,
                 visible,
                 adjust if scoring.changes_scores else None,
                 newest,
@@ -143,10 +149,19 @@ def over_segments(
                 sink_tokens=sink_tokens,
                 implementation=implementation,
             )
-            top = found.max if mean_score is None or capped else found.max + mean_score[..., 0]
+            top = found.max
+            if mean_score is not None and not capped:
+                top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
             return Partial(value_basis.output(found.out, found.sum), top, found.sum)
 
-        folded = fold(query.astype(jnp.float32) * scoring.scale_of_heads, heads)
+        # What sees nothing may hold anything. Rows of size 1 keep every product within float32; the
+        # powers of two that they lack multiply the scores.
+        seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
+        rows, exponent = to_unit(seeing)
+        scale, scale_exponent = to_unit(jnp.asarray(scoring.scale_of_heads, jnp.float32), axis=None)
+        folded = fold(rows * scale, heads)
+        exponent = jnp.clip(exponent + scale_exponent, -126, 126)
+        unit = power_of_two(fold(exponent, heads))  # [B, K, R, 1]
         newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], EVERY)
         return softmax.merge([over(part) for part in parts])
 
@@ -200,5 +215,5 @@ def raw_segment(keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.
     base[b] + 1, ..."""
     size = keys.shape[1]
     spec = TierSpec("raw", size, size, 0, Precision.FP32, Precision.FP32)
-    tier = Tier(*(Tokens(jnp.swapaxes(x, 1, 2).astype(jnp.float32)) for x in (keys, values)))
+    tier = Tier(*(Tokens(jnp.swapaxes(finite(x), 1, 2)) for x in (keys, values)))
     return Segment(tier, spec, jnp.zeros_like(count), count, base)

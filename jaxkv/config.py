@@ -8,7 +8,15 @@ import functools
 from typing import Any
 
 from jaxkv.checks import as_int
-from jaxkv.formats import Format, Precision, QuantSpec, channel_group, unaligned
+from jaxkv.formats import (
+    LARGEST,
+    LARGEST_FP16,
+    Format,
+    Precision,
+    QuantSpec,
+    channel_group,
+    unaligned,
+)
 
 
 class Migration(enum.StrEnum):
@@ -106,6 +114,13 @@ class KvCacheConfig:
         return TierSpec(
             "sinks", self.sink_tokens, self.sink_tokens, 0, self.sink_precision, self.sink_precision
         )
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that every tier and the sinks hold; tokens enter within it."""
+        formats = [fmt for tier in self.chain for fmt in (tier.key, tier.value)]
+        formats += [self.sink_precision] if self.sink_tokens else []
+        return LARGEST_FP16 if Precision.FP16 in formats else LARGEST
 
     @functools.cached_property
     def chain(self) -> tuple[TierSpec, ...]:

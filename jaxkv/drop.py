@@ -30,7 +30,7 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
     lost = begin - state.config.sink_tokens
     lost = state.lost.at[..., -1].set(jnp.where(refused | (given == 0), state.lost[..., -1], lost))
     return dataclasses.replace(
-        state, lost=lost, status=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
+        state, lost=lost, refused=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
     )
 
 
@@ -68,7 +68,7 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
         state,
         end=jnp.where(refused, state.end, end),
         lost=jnp.where(refused[..., None], state.lost, kept - config.sink_tokens),
-        status=status,
+        refused=status,
     )
 
 
@@ -111,7 +111,7 @@ def _refused(name: str, count: jax.Array, most: jax.Array, state: CacheState) ->
 def _flag_count(
     state: CacheState, count: jax.Array, refused: jax.Array, too_many: Status
 ) -> jax.Array:
-    status = flagged(state.status, refused & (count >= 0), too_many)
+    status = flagged(state.refused, refused & (count >= 0), too_many)
     return flagged(status, refused & (count < 0), Status.OUT_OF_RANGE)
 
 
@@ -150,5 +150,6 @@ def emptied(state: CacheState, where: jax.Array, status: Status) -> CacheState:
         state,
         end=jnp.where(where, 0, state.end),
         lost=jnp.where(where[..., None], 0, state.lost),
-        status=jnp.where(where, jnp.int32(status), state.status),
+        refused=jnp.where(where, jnp.int32(status), state.refused),
+        changed=jnp.where(where[..., None], 0, state.changed),
     )

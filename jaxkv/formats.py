@@ -31,6 +31,10 @@ class Precision(enum.StrEnum):
         return _FLOAT_DTYPES[self]
 
 
+LARGEST, LARGEST_FP16 = 2.0**100, 65504.0
+"""The largest magnitudes that tiers hold, without and with one in fp16. The first leaves room in
+float32 for sums over heads and tokens, and for products with queries of size 1."""
+
 _FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 
 

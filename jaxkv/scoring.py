@@ -111,9 +111,11 @@ class Scoring:
                 jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)
             ).reshape(*heads, 1, 1)
             age = (query[:, :, None] - key[:, None]).astype(jnp.float32)
-            scores = scores - rates * age[:, None, None]
+            scores = scores - softmax.bounded(rates * age[:, None, None])
         if self.bias is not None:
-            scores = scores + _by_position(self.bias.astype(jnp.float32), key, heads, 0.0)
+            bias = _by_position(self.bias.astype(jnp.float32), key, heads, 0.0)
+            # Minus infinity hides; what is finite does not, however large.
+            scores = scores + jnp.where(bias == -jnp.inf, bias, softmax.bounded(bias))
         if self.mask is not None:
             scores = jnp.where(_by_position(self.mask, key, heads, True), scores, -jnp.inf)
         return scores
@@ -144,7 +146,8 @@ class Scoring:
         b, k, rows, h = shape
         if self.sink_logits is None:
             return softmax.empty((b, k, rows), h)
-        logits = jnp.asarray(self.sink_logits, jnp.float32).reshape(1, k, -1, 1)
+        logits = jnp.minimum(jnp.asarray(self.sink_logits, jnp.float32), softmax.MOST_SCORE)
+        logits = logits.reshape(1, k, -1, 1)
         top = jnp.broadcast_to(logits, (b, k, logits.shape[2], rows // logits.shape[2])).reshape(
             b, k, rows
         )

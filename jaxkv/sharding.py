@@ -56,7 +56,10 @@ def specs(state: CacheState, axes: Axes) -> Any:
 
     rows: Any = PartitionSpec(*lead, axes.batch)
     sinks, tiers = jax.tree.map(of_tokens, (state.sinks, state.tiers))
-    return dataclasses.replace(state, sinks=sinks, tiers=tiers, end=rows, lost=rows, status=rows)
+    heads: Any = PartitionSpec(*lead, axes.batch, axes.heads)
+    return dataclasses.replace(
+        state, sinks=sinks, tiers=tiers, end=rows, lost=rows, refused=rows, changed=heads
+    )
 
 
 def place(state: CacheState, mesh: Mesh, axes: Axes) -> CacheState:

@@ -211,14 +211,14 @@ def _drop(
 ) -> Shards:
     """The shards after `verb` with `count` [B] or [L, B] on this device, in rows where all devices
     agree."""
-    fresh = dataclasses.replace(deal.cache, status=jnp.zeros_like(deal.cache.status))
+    fresh = dataclasses.replace(deal.cache, refused=jnp.zeros_like(deal.cache.refused))
     after = (verb if end.ndim == 1 else jax.vmap(verb))(fresh, count)
-    status = after.status if deal.axis is None else lax.pmax(after.status, deal.axis)
+    status = after.refused if deal.axis is None else lax.pmax(after.refused, deal.axis)
     refused = status > 0
     lost = jnp.where(refused[..., None], deal.cache.lost, after.lost)
     local_end = jnp.where(refused, deal.cache.end, after.end)
     cache = dataclasses.replace(
-        deal.cache, end=local_end, lost=lost, status=deal.cache.status | status
+        deal.cache, end=local_end, lost=lost, refused=deal.cache.refused | status
     )
     return _dealt(shards, cache, jnp.where(refused, shards.end, end))
 

@@ -9,11 +9,21 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-FLOOR = -1e30
-"""The least maximum. Finite, so that `exp(-inf - FLOOR)` is 0 and never NaN where nothing is
-visible."""
+FLOOR = float(np.finfo(np.float32).min)
+"""The least maximum, no larger than any finite score. Finite itself, so that `exp(-inf - FLOOR)` is
+0 and never NaN where nothing is visible."""
+
+MOST_SCORE = 2.0**125
+"""The largest magnitude of a score, of a bias and of a decay: the sum of all three is finite. Minus
+infinity is for what is hidden, and nothing else."""
+
+
+def bounded(scores: jax.Array) -> jax.Array:
+    """Scores within +-`MOST_SCORE`, also where a product has overflowed."""
+    return jnp.clip(scores, -MOST_SCORE, MOST_SCORE)
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +46,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
     """The partial over all tokens of disjoint parts. Order does not matter but for rounding."""
     top = functools.reduce(jnp.maximum, [p.max for p in partials])
     weights = [jnp.exp(p.max - top) for p in partials]
-    out = sum((p.out * w[..., None] for p, w in zip(partials, weights, strict=True)), jnp.zeros(()))
-    total = sum((p.sum * w for p, w in zip(partials, weights, strict=True)), jnp.zeros(()))
+    weighed = [(p.out * w[..., None], p.sum * w) for p, w in zip(partials, weights, strict=True)]
+    out, total = (functools.reduce(jnp.add, parts) for parts in zip(*weighed, strict=True))
     return Partial(out, top, total)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxkv import ring
 from jaxkv.checks import as_int, as_layer
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, QuantSpec, plain
 from jaxkv.tiers import tokens
+from jaxkv.tiers.entry import finite
 from jaxkv.tiers.tokens import Index, Tokens
 
 
@@ -39,7 +41,8 @@ class CacheState:
     tiers: tuple[Tier, ...]  # config.chain, newest first
     end: jax.Array  # [B] or [L, B] int32: the next position
     lost: jax.Array  # [B, n] or [L, B, n] int32: the chain's tokens gone from each tier's ring
-    status: jax.Array  # [B] or [L, B] int32: Status bits, sticky
+    refused: jax.Array  # [B] or [L, B] int32: Status bits of refused requests, sticky
+    changed: jax.Array  # [B, K] or [L, B, K] int32: Status bits of what entered changed, sticky
     config: KvCacheConfig = dataclasses.field(metadata={"static": True})
 
     @property
@@ -51,6 +54,13 @@ class CacheState:
     def kept(self) -> jax.Array:
         """First position still present in each tier's ring, [B, n] or [L, B, n] int32."""
         return self.lost + self.config.sink_tokens
+
+    @property
+    def status(self) -> jax.Array:
+        """Status bits, [B] or [L, B] int32. Sticky: `clear` takes them back."""
+        return self.refused | lax.reduce(
+            self.changed, jnp.int32(0), lax.bitwise_or, [self.changed.ndim - 1]
+        )
 
     @property
     def batch_size(self) -> int:
@@ -95,7 +105,8 @@ def init(
     tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
     zeros = jnp.zeros(lead, jnp.int32)
     lost = jnp.zeros((*lead, len(tiers)), jnp.int32)
-    state = CacheState(sinks, tiers, zeros, lost, jnp.zeros_like(zeros), config)
+    changed = jnp.zeros((*lead, heads), jnp.int32)
+    state = CacheState(sinks, tiers, zeros, lost, jnp.zeros_like(zeros), changed, config)
     return _with_means(state, key_mean, value_mean)
 
 
@@ -110,7 +121,7 @@ def _with_means(
             raise ValueError(f"{name} has shape {jnp.shape(mean)}: must be {wanted}")
         return dataclasses.replace(
             held,
-            mean=jnp.broadcast_to(jnp.expand_dims(mean, -3), held.mean.shape).astype(jnp.float32),
+            mean=jnp.broadcast_to(jnp.expand_dims(finite(mean), -3), held.mean.shape),
         )
 
     uses = any(

@@ -10,14 +10,19 @@ import jax.numpy as jnp
 
 
 class Status(enum.IntFlag):
-    """What went wrong inside a compiled function, per row, until `clear`. The row was left as it
-    was."""
+    """What went wrong inside a compiled function, per row, until `clear`.
+
+    A refused request left the row as it was. Numbers that no tier could hold were appended changed:
+    NaN as 0, the rest within +-`KvCacheConfig.largest`.
+    """
 
     OK = 0
     EVICT_TOO_MANY = 1
     REWIND_TOO_MANY = 2
     REWIND_CUTS_GROUP = 4
     OUT_OF_RANGE = 8  # a negative count, or a length beyond the tokens given
+    SATURATED = 16  # finite, but larger than `KvCacheConfig.largest`
+    NOT_FINITE = 32  # NaN or infinite
 
 
 def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None) -> jax.Array:

@@ -27,6 +27,7 @@ from jaxkv.kernels import dispatch
 from jaxkv.migration import Arrival, Passage, store, take_in
 from jaxkv.state import CacheState, segments
 from jaxkv.status import Status, flagged
+from jaxkv.tiers import entry
 from jaxkv.tiers.tokens import Index
 
 
@@ -44,7 +45,9 @@ def append(
     Appending T tokens gives the same bits as T appends of one.
 
     Args:
-      keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision.
+      keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision. What no tier
+        could hold enters changed, and its row gets `Status.SATURATED` or `Status.NOT_FINITE`:
+        numbers beyond +-`config.largest` (65,504 where a tier is in fp16) as that, NaN as 0.
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
         None: all. Inside jit, a row whose length is none of these stays as it was and gets
         `Status.OUT_OF_RANGE`.
@@ -66,6 +69,8 @@ def append(
     given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
     count = in_range(given, keys.shape[1], exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
+    changed = _changed(state, keys, values, count, layer)
+    keys, values = (entry.finite(x, config.largest) for x in (keys, values))
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
@@ -75,15 +80,25 @@ def append(
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    status = (
-        state.status
+    refused = (
+        state.refused
         if lengths is None and exists is True
-        else flagged(state.status, given != count, Status.OUT_OF_RANGE, layer)
+        else flagged(state.refused, given != count, Status.OUT_OF_RANGE, layer)
     )
-    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, status=status)
+    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, refused=refused, changed=changed)
     return _at(
         moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))
     )
+
+
+def _changed(
+    state: CacheState, keys: jax.Array, values: jax.Array, count: jax.Array, layer: Index
+) -> jax.Array:
+    """`state.changed` with the bits of the first `count` [B] of new tokens."""
+    bits = entry.changes(keys, state.config.largest, count)
+    bits |= entry.changes(values, state.config.largest, count)
+    old = state.changed
+    return old | bits if layer is None else old.at[layer].set(old[layer] | bits)
 
 
 def prefill(

@@ -39,6 +39,7 @@ from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens, only
 
 SMALL = pallas_gpu.Tuning(slots=32, programs=12)  # several blocks and splits in few slots
+UNIT_OF_QUERIES = 2.0**-3  # queries come in multiples of a power of two
 UNIT = 2.0**-17  # of each factor: what two bfloat16 terms leave out
 HEADS, LENGTH = 2, 150
 
@@ -152,14 +153,18 @@ def portable(
     def visible(key: jax.Array, row: Any) -> jax.Array:
         return scoring.visible(only(position, row), key, sinks)
 
-    return xla.partial_attention(part, query, visible, None, newest, layer)
+    unit = jnp.full((*query.shape[:-1], 1), UNIT_OF_QUERIES)
+    return xla.partial_attention(part, query / UNIT_OF_QUERIES, unit, visible, None, newest, layer)
 
 
 def interpreted(
     part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any
 ) -> Partial:
     limits = dispatch.limits(position, scoring, sinks, query)
-    return pallas_gpu.partial_attention(part, query, limits, layer, tuning=SMALL, interpret=True)
+    unit = jnp.full((*query.shape[:-1], 1), UNIT_OF_QUERIES)
+    return pallas_gpu.partial_attention(
+        part, query / UNIT_OF_QUERIES, unit, limits, layer, tuning=SMALL, interpret=True
+    )
 
 
 def largest(fmt: Any, array: Tokens) -> float:

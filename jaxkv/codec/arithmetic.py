@@ -30,6 +30,19 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, x - first
 
 
+def to_unit(x: jax.Array, axis: int | None = -1) -> tuple[jax.Array, jax.Array]:
+    """x as y * 2**e: y with its largest element along an axis (None: of all) in [1, 4), and e int32
+    with that axis 1. Exact; zeros stay zeros, and what is not finite stays that."""
+    most = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 127, -126, 126)
+    return x * power_of_two(-exponent), exponent
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2.0**exponent for exponents in -126 .. 127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
 def tree_sum(x: jax.Array, axis: int) -> jax.Array:
     """The sum along an axis, kept with size 1, added in one fixed order whatever surrounds it."""
     x = jnp.moveaxis(x, axis, -1)

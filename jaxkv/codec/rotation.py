@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.codec.arithmetic import alone, halves, tree_sum
+from jaxkv.codec.scales import LEAST
 
 
 def hadamard_block(head_dim: int) -> int:
@@ -53,7 +54,7 @@ def mirror_of(mean: jax.Array) -> jax.Array:
     """
     most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
     whole = jnp.round(
-        mean * (127 / jnp.where(most > 0, most, 1.0))
+        mean * (127 / jnp.where(most > LEAST, most, 1.0))
     )  # small integers: sums of their squares are exact
     norm = jnp.sqrt(jnp.sum(whole * whole, axis=-1, keepdims=True))
     side = jnp.where(jnp.sum(whole, axis=-1, keepdims=True) < 0, -1.0, 1.0)
@@ -68,7 +69,8 @@ def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
     Its own inverse but for rounding, and the same bits in every program: factors go in halves of 12
     bits, so that no product is rounded.
     """
-    dot = sum((tree_sum(half * v, -1) for half in halves(x)), jnp.zeros(()))
+    high, low = (tree_sum(half * v, -1) for half in halves(x))
+    dot = high + low
     # Clipped so that the product cannot melt into the subtraction by which it is halved.
     first, second = halves(alone(_per_square(v) * dot))
     return x - v * first - v * second

@@ -22,21 +22,26 @@ def of_signed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     The largest element of a row is 2**20 - 1 units, so that each is off by at most 2**-21 of it.
     """
     most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    most = jnp.where(most > 0, most, 1.0)
+    most = jnp.where(most > NOTHING, most, 1.0)
     top = 2.0 ** (DIGITS * BITS - 1) - 1
     return _digits(jnp.round(x * (top / most)).astype(jnp.int32)), most / top
 
 
+NOTHING = 2.0**-104
+"""Rows of no larger element count as zeros: what is made of them would leave float32's range."""
+
 FRACTION_UNIT = 2.0 ** -(DIGITS * BITS)
 
 
-def of_fraction(x: jax.Array) -> jax.Array:
-    """Floats [..., R, X] in [0, 1], not an ulp above, as digits [..., 3 R, X] int8 that count
-    `FRACTION_UNIT`."""
-    # x + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's
+def of_positive(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Floats [..., R, X] >= 0 as digits [..., 3 R, X] int8 and the unit [..., R, 1] that they
+    count, 2**-21 of a row's largest."""
+    most = jnp.max(x, axis=-1, keepdims=True)
+    per = jnp.where(most > NOTHING, (1 - FRACTION_UNIT) / jnp.maximum(most, NOTHING), 0.0)
+    # y + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's
     # guarded float-to-int conversion.
-    fixed = lax.bitcast_convert_type(x * (1 - FRACTION_UNIT) + 4.0, jnp.int32)
-    return _digits(fixed & (2 ** (DIGITS * BITS) - 1))
+    fixed = lax.bitcast_convert_type(x * per + 4.0, jnp.int32)
+    return _digits(fixed & (2 ** (DIGITS * BITS) - 1)), most * FRACTION_UNIT
 
 
 def _digits(fixed: jax.Array) -> jax.Array:

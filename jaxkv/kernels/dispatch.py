@@ -35,6 +35,7 @@ READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 def partial_attention(
     part: Segment,
     query: jax.Array,
+    unit: jax.Array,
     visible: Visible,
     adjust: Adjust | None,
     newest: jax.Array,
@@ -60,13 +61,13 @@ def partial_attention(
     check_implementation(implementation)
 
     def portable(query: jax.Array) -> Partial:
-        return xla.partial_attention(part, query, visible, adjust, newest, layer)
+        return xla.partial_attention(part, query, unit, visible, adjust, newest, layer)
 
     def kernel(query: jax.Array) -> Partial:
         from jaxkv.kernels import pallas_gpu
 
         return pallas_gpu.partial_attention(
-            part, query, limits(position, scoring, sink_tokens, query), layer
+            part, query, unit, limits(position, scoring, sink_tokens, query), layer
         )
 
     if implementation == "xla":

@@ -205,23 +205,22 @@ class TokenGroups(_Coded):
         )
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
-        scale, zero_point = (
-            jnp.where(valid[:, None, None], a, 0) for a in _scales(self.spec, block)
+        scale, zero_point = computed_once(
+            self.never,
+            tuple(jnp.where(valid[:, None, None], a, 0.0) for a in _scales(self.spec, block)),
         )
-        most = jnp.maximum(scale.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        relative, scale, zero_point = computed_once(self.never, (scale / most, scale, zero_point))
-        rows: dict[range, jax.Array] = {}
+        rows: dict[range, tuple[jax.Array, jax.Array]] = {}
         out = []
         for part, (codes, weight) in enumerate(self.codes(block)):
             groups = self.groups_of(part)
             if groups not in rows:
-                shares = weights[:, :, None] * relative[:, :, groups.start : groups.stop, None]
-                rows[groups] = digits.of_fraction(computed_once(self.never, shares))
-            found = digits.dot_rows(rows[groups], codes, -2)  # [B, K, n, R, W]
-            found = found * (
-                most[:, :, groups.start : groups.stop, None] * (digits.FRACTION_UNIT * weight)
-            )
-            out.append(jnp.where(self.inside(part), found, 0).sum(2))
+                # Counted in units of what is summed, weight times scale: the scale of a token that
+                # nobody looks at is no measure.
+                shares = weights[:, :, None] * scale[:, :, groups.start : groups.stop, None]
+                rows[groups] = digits.of_positive(computed_once(self.never, shares))
+            counts, unit = rows[groups]
+            found = digits.dot_rows(counts, codes, -2) * (unit * weight)  # [B, K, n, R, W]
+            out.append(jnp.where(self.inside(part), found, 0.0).sum(2))
         columns = jnp.concatenate([jnp.ones_like(scale[:, :, :1]), zero_point, scale], axis=2)
         return out, _dot(
             weights, jnp.broadcast_to(columns, (*weights.shape[:2], *columns.shape[2:])), -1
@@ -269,11 +268,11 @@ class ChannelGroups(_Coded):
         grouped = jnp.swapaxes(
             self.by_group(jnp.swapaxes(weights, -1, -2)), -1, -2
         )  # [B, K, S // g, R, g]
-        fixed, totals = digits.of_fraction(grouped), jnp.swapaxes(grouped.sum(-1), -1, -2)
+        (fixed, unit), totals = digits.of_positive(grouped), jnp.swapaxes(grouped.sum(-1), -1, -2)
         out = []
         for part_scale, (codes, weight) in zip(self.parts(scale), self.codes(block), strict=True):
             summed = digits.dot(fixed, self.by_group(codes), -2) * part_scale[:, :, :, None]
-            out.append(summed.sum(2) * (digits.FRACTION_UNIT * weight))
+            out.append((summed * unit).sum(2) * weight)
         rest = _dot(totals, zero_point + self.lacking(scale), -2)
         return jnp.concatenate(out, axis=-1) + rest, totals.sum(-1, keepdims=True)
 

@@ -70,14 +70,15 @@ class Limits:
 def partial_attention(
     part: Segment,
     query: jax.Array,
+    unit: jax.Array,
     limits: Limits,
     layer: Index,
     *,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> Partial:
-    """Attention of scaled queries [B, K, R, H] float32 over the tokens of one tier, as
-    `xla.partial_attention`: a Partial [B, K, R].
+    """Attention of queries [B, K, R, H] float32 in multiples of unit [B, K, R, 1] over the tokens
+    of one tier, as `xla.partial_attention`: a Partial [B, K, R].
 
     Queries and result are in the basis of the codes.
     """
@@ -97,7 +98,9 @@ def partial_attention(
         windowed,
         layered,
     )
-    partials = _call(plan, (*_bounds(part, limits, layer), query), part.tier, tuning, interpret)
+    partials = _call(
+        plan, (*_bounds(part, limits, layer), query, unit), part.tier, tuning, interpret
+    )
     return Partial(
         *(
             x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r]
@@ -134,7 +137,7 @@ def _over_splits(
 def _call(
     plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool
 ) -> Any:
-    bounds, upto, _, query = small
+    bounds, upto, _, query, _ = small
     chunks, stored = pl.cdiv(upto.shape[1], plan.rows), (tier.keys, tier.values)
     grid = plan.splits, query.shape[1] * chunks, query.shape[0]
 
@@ -159,7 +162,13 @@ def _call(
                 pl.BlockSpec((None, array.shape[1]), lambda s, c, b: (b, 0))
                 for array in (bounds, upto, upto)
             ],
-            pl.BlockSpec((None, None, *query.shape[2:]), lambda s, c, b: (b, c // chunks, 0, 0)),
+            *[
+                pl.BlockSpec(
+                    (None, None, *array.shape[2:]),
+                    lambda s, c, b, rest=(0,) * (array.ndim - 2): (b, c // chunks, *rest),
+                )
+                for array in small[3:]
+            ],
             *jax.tree.map(lambda _: pl.BlockSpec(), stored),
         ],
         out_specs=[spec for spec, _ in outs],

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxkv.kernels.pallas_codes import Block, Refs, Side, padded, two_terms
-from jaxkv.softmax import FLOOR
+from jaxkv.softmax import FLOOR, bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,21 @@ class Plan:
 
 
 def kernel(
-    plan: Plan, bounds: Any, upto: Any, since: Any, query: Any, keys: Refs, values: Refs, *outs: Any
+    plan: Plan,
+    bounds: Any,
+    upto: Any,
+    since: Any,
+    query: Any,
+    unit: Any,
+    keys: Refs,
+    values: Refs,
+    *outs: Any,
 ) -> None:
     chunks = pl.cdiv(query.shape[0], plan.rows)
     place = (*((bounds[3],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
     rows = pl.program_id(1) % chunks * plan.rows + jnp.arange(plan.rows)
     queries = _queries(plan.key, query, rows)
+    units = _of_rows(unit, rows, 0.0) * math.log2(math.e)  # the weights are powers of 2
     limits = _of_rows(upto, rows), _of_rows(since, rows) if plan.windowed else None, bounds[2]
     span = bounds[0], jnp.minimum(bounds[1], limits[0].max() + 1), bounds[1]
 
@@ -52,6 +61,7 @@ def kernel(
         assert block.valid is not None
         seen = block.valid[None] & _seen(limits, position)
         scores = _scores(plan.key, *queries, keys, dataclasses.replace(block, valid=None))
+        scores = bounded(scores * units[:, None])
         return _accumulate(plan.value, jnp.where(seen, scores, -jnp.inf), carry, values, block)
 
     by_slot = jnp.zeros((plan.rows, plan.slots))
@@ -61,20 +71,19 @@ def kernel(
     _finish(plan.value, lax.fori_loop(start, stop, visit, zeros), *outs)
 
 
-def _of_rows(limit: Any, rows: jax.Array) -> jax.Array:
-    return plgpu.load(limit.at[rows], mask=rows < limit.shape[0], other=-1)
+def _of_rows(ref: Any, rows: jax.Array, other: float = -1) -> jax.Array:
+    return plgpu.load(ref.at[rows], mask=rows < ref.shape[0], other=other)
 
 
 def _queries(key: Side, query: Any, rows: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """Some rows of the queries [..., H] as an operand of every tile, and their sums [R] for every
-    kind of offset; for powers of 2."""
+    kind of offset."""
     columns, row = jnp.arange(padded(key.size))[None], rows[:, None]
     keep = (columns < key.size) & (row < query.shape[0])
     tiles = [
         plgpu.load(query.at[row, tile * key.size + columns], mask=keep, other=0.0)
         for tile in range(key.count)
     ]
-    tiles = [x * math.log2(math.e) for x in tiles]
     sums = [
         _sum([x.sum(1) for tile, x in enumerate(tiles) if key.kind(tile) == kind])
         for kind in key.kinds
@@ -171,7 +180,7 @@ def _finish(value: Side, carry: Any, out_ref: Any, top_ref: Any) -> None:
     for tile, out in enumerate(outs):
         out_ref[tile] = out * value.weight(tile) + by_kind.get(value.kind(tile), 0.0)
     out_ref[value.count] = jnp.broadcast_to(total.sum(1)[:, None], out_ref.shape[1:])
-    top_ref[...] = top * math.log(2)
+    top_ref[...] = jnp.where(top > FLOOR, top * math.log(2), FLOOR)
 
 
 def _sum(arrays: list[jax.Array]) -> jax.Array:

@@ -25,7 +25,7 @@ from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
-from jaxkv.softmax import FLOOR, Partial
+from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.state import Segment
 from jaxkv.tiers.tokens import Index, only
 
@@ -53,6 +53,7 @@ Adjust = Callable[[jax.Array, jax.Array, Index], jax.Array]
 def partial_attention(
     part: Segment,
     query: jax.Array,
+    unit: jax.Array,
     visible: Visible,
     adjust: Adjust | None,
     newest: jax.Array,
@@ -61,7 +62,8 @@ def partial_attention(
     """Attention of scaled queries over the tokens of one tier.
 
     Args:
-      query: [B, K, R, H] float32, R the queries that share a kv head.
+      query: [B, K, R, H] float32 in multiples of unit [B, K, R, 1], R the queries that share a kv
+        head. Both finite, but for queries that may make their own outputs NaN.
       visible: which positions the T queries may look at; R = G * T, queries of one head together.
       adjust: what else is done to scores, or None.
       newest: [B] int32, a position that no query looks beyond.
@@ -77,16 +79,15 @@ def partial_attention(
         < SLOTS[1]
     )
     if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
-        return _attend(part, sides, query, visible, adjust, newest, layer, None)
+        return _attend(part, sides, query, unit, visible, adjust, newest, layer, None)
 
     def of_row(row: jax.Array) -> Partial:
         base = None if part.base is None else only(part.base, row)
         own = dataclasses.replace(
             part, low=only(part.low, row), high=only(part.high, row), base=base
         )
-        found = _attend(
-            own, sides, only(query, row), visible, adjust, only(newest, row), layer, row
-        )
+        query_, unit_, newest_ = (only(x, row) for x in (query, unit, newest))
+        found = _attend(own, sides, query_, unit_, visible, adjust, newest_, layer, row)
         return jax.tree.map(lambda x: x.squeeze(0), found)
 
     found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))
@@ -97,6 +98,7 @@ def _attend(
     part: Segment,
     sides: tuple[Blocks, Blocks],
     query: jax.Array,
+    unit: jax.Array,
     visible: Visible,
     adjust: Adjust | None,
     newest: jax.Array,
@@ -123,12 +125,11 @@ def _attend(
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
         seen = visible(own, row) & valid[:, None]
-        scores = key.scores(operand, keys.at(start, size, layer, row))
+        scores = bounded(key.scores(operand, keys.at(start, size, layer, row)) * unit)
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)
-        scores = computed_once(
-            never, jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
-        )
+        by_query = jnp.where(seen[:, None, None], by_query, -jnp.inf)
+        scores = computed_once(never, by_query.reshape(scores.shape))
         new_top = jnp.maximum(top, scores.max(-1))
         # Never above 1, also where a platform computes a score twice with other rounding: its
         # digits would start again at 0.
@@ -136,12 +137,13 @@ def _attend(
             jnp.exp(jnp.minimum(scores - new_top[..., None], 0)),
             jnp.exp(top - new_top)[..., None],
         )
-        more = value.weigh(weights, values.at(start, size, layer, row), valid)
+        looked_at = valid & seen.any(1)
+        more = value.weigh(weights, values.at(start, size, layer, row), looked_at)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become:
-    # zeros made of the operands do.
-    zero = query[..., 0] * 0 + (part.low * 0)[:, None, None]
+    # zeros made of the operands do. None made by a product: a query may be NaN.
+    zero = jnp.where((query[..., 0] > 0) & (part.low[:, None, None] > 0), 0.0, 0.0)
     carry = FLOOR + zero, jax.tree.map(lambda x: x + zero[..., None], value.zeros(query.shape[:3]))
     if spec.capacity <= size:
         carry = visit(jnp.int32(0), carry)

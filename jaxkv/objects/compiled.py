@@ -61,7 +61,7 @@ def rewind(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
 
 
 def _without_status(state: CacheState) -> tuple[CacheState, jax.Array]:
-    return dataclasses.replace(state, status=jnp.zeros_like(state.status)), state.status
+    return dataclasses.replace(state, refused=jnp.zeros_like(state.refused)), state.refused
 
 
 clear = jax.jit(drop.clear, donate_argnums=0)

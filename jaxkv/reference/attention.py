@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxkv.formats import LARGEST
 from jaxkv.reference.cache import ReferenceState, append, held, per_row
-from jaxkv.reference.formats import Array
+from jaxkv.reference.formats import Array, finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,15 +38,24 @@ class Options:
         added = np.zeros((num_heads, len(keys)))
         for s, key in enumerate(keys):
             if self.decay is not None:
-                added[:, s] -= np.asarray(self.decay, np.float64) * (query - key)
+                added[:, s] -= bounded(np.asarray(self.decay, np.float64) * (query - key))
             if self.bias is not None and key < self.bias.shape[3]:
-                added[:, s] += self.bias[min(row, len(self.bias) - 1), :, t, key]
+                bias = self.bias[min(row, len(self.bias) - 1), :, t, key].astype(np.float64)
+                added[:, s] += np.where(bias == -np.inf, bias, bounded(bias))
             if self.mask is not None and key < self.mask.shape[3]:
                 added[
                     ~np.broadcast_to(self.mask[min(row, len(self.mask) - 1), :, t, key], num_heads),
                     s,
                 ] = -np.inf
         return added
+
+
+MOST_SCORE = 2.0**125
+
+
+def bounded(scores: Array) -> Array:
+    """Scores, biases and decays count up to +-2**125."""
+    return np.clip(scores, -MOST_SCORE, MOST_SCORE)
 
 
 def exact_attention(query: Array, pairs: Array, scale: ArrayLike | None = None) -> Array:
@@ -69,7 +79,7 @@ def attention_and_lse(
                 pairs[:, 0, kv_head].astype(np.float64),
                 pairs[:, 1, kv_head].astype(np.float64),
             )
-            scores = scales[head] * (keys @ query[head].astype(np.float64))
+            scores = bounded(scales[head] * (keys @ query[head].astype(np.float64)))
             scores = (
                 scores
                 if options.soft_cap is None
@@ -77,7 +87,8 @@ def attention_and_lse(
             )
             scores = scores + added[head]
         if options.sink_logits is not None:  # a token whose value is zero
-            scores = np.append(scores, np.asarray(options.sink_logits)[head])
+            logit = np.asarray(options.sink_logits, np.float64)[head]
+            scores = np.append(scores, min(logit, MOST_SCORE))
             values = np.append(values, np.zeros((1, query.shape[1])), axis=0)
         if (scores > -np.inf).any():
             lse[head] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
@@ -113,7 +124,7 @@ def prefill(
 ) -> tuple[ReferenceState, Any]:
     """Attends over what was held and the raw new keys and values, causally; then appends these."""
     raw = [
-        dict(enumerate(np.stack([k, v], axis=1)[:length], row.end))
+        dict(enumerate(finite(np.stack([k, v], axis=1)[:length], LARGEST), row.end))
         for row, k, v, length in zip(
             state.rows, keys, values, per_row(state, lengths, keys.shape[1]), strict=True
         )

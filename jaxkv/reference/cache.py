@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Precision, QuantSpec
-from jaxkv.reference.formats import Array, mirror_of, represent
+from jaxkv.reference.formats import Array, finite, mirror_of, represent
 
 
 @dataclasses.dataclass
@@ -139,9 +139,9 @@ def append(
     state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None
 ) -> ReferenceState:
     """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the
-    other."""
+    other, within the range of all tiers."""
     config = state.config
-    pairs = np.stack([keys, values], axis=2).astype(np.float32)  # [B, T, 2, K, H]
+    pairs = finite(np.stack([keys, values], axis=2), config.largest)  # [B, T, 2, K, H]
     state = _copy(state)
     for row, new, length in zip(
         state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True

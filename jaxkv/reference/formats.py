@@ -10,10 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxkv.formats import Precision, QuantSpec
+from jaxkv.formats import LARGEST_FP16, Precision, QuantSpec
 
 Array = NDArray[Any]
 FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16: jnp.bfloat16}
+
+
+def finite(x: Array, largest: float) -> Array:
+    """Float32 within +-`largest`; 0 for NaN."""
+    wide = np.clip(x.astype(np.float64), -largest, largest)
+    return np.where(np.isnan(wide), 0, wide).astype(np.float32)
 
 
 def rotate(x: Array, inverse: bool = False) -> Array:
@@ -74,7 +80,7 @@ def mirror_of(first: Array, fmt: Precision | QuantSpec) -> Array:
         return np.zeros_like(first[0])
     mean = (rotate(first) if fmt.rotate else first).sum(0)
     most = np.abs(mean).max(-1, keepdims=True)
-    whole = np.rint(mean * (127 / np.where(most > 0, most, 1)))
+    whole = np.rint(mean * (127 / np.where(most > LEAST_SCALE, most, 1)))
     norm = np.sqrt((whole * whole).sum(-1, keepdims=True))
     unit = np.where(whole.sum(-1, keepdims=True) < 0, -whole, whole) / np.maximum(norm, 1)
     mirror = (unit - first.shape[-1] ** -0.5).astype(np.float16).astype(np.float32)
@@ -114,6 +120,7 @@ def represent(x: Array, fmt: Precision | QuantSpec, mirror: Array) -> Array:
     """What a tier of format `fmt` gives back, in float32, for tokens x [T, K, H] that enter it
     together."""
     if isinstance(fmt, Precision):
+        x = np.clip(x, -LARGEST_FP16, LARGEST_FP16) if fmt is Precision.FP16 else x
         return x.astype(FLOATS[fmt]).astype(np.float32)
     codes, scale, zero_point = quantize_groups(to_groups(x, fmt, mirror), fmt.bits, fmt.symmetric)
     return from_groups(scale * codes + zero_point, fmt, mirror, x.shape)

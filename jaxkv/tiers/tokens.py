@@ -29,7 +29,7 @@ from jax import lax
 
 from jaxkv import codec
 from jaxkv.codec import arithmetic, rotation
-from jaxkv.formats import Format, Precision, QuantSpec, channel_group
+from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
 from jaxkv.tiers.basis import Basis
 
 Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
@@ -131,6 +131,8 @@ def encode(basis: Basis, x: jax.Array) -> Encoded:
     """Tokens [B, T, K, H] in a tier's format; channel groups must be whole."""
     if isinstance(basis.fmt, QuantSpec):
         return codec.quantize(basis.fmt, basis.enter(x.astype(jnp.float32)))
+    if basis.fmt is Precision.FP16:  # what codes of an earlier tier stand for may lie beyond
+        x = jnp.clip(x, -LARGEST_FP16, LARGEST_FP16)
     x = jnp.asarray(x).astype(basis.fmt.dtype_name)
     return lax.bitcast_convert_type(x, jnp.int16) if basis.fmt is Precision.BF16 else x
 

@@ -1,0 +1,34 @@
+"""What enters a cache is finite and within the range of every float format on its way, and a bit
+per row and head says where it had to be changed for that.
+
+It is done once, where tokens enter, so that all tiers hold the same token. Nothing held can then
+turn a sum into NaN, neither a token that a query may not see nor one that shares its scale.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.formats import LARGEST
+from jaxkv.status import Status
+
+
+def finite(x: jax.Array, largest: float = LARGEST) -> jax.Array:
+    """Float32 within +-`largest`; 0 for NaN."""
+    x = x.astype(jnp.float32)
+    return jnp.where(x == x, jnp.clip(x, -largest, largest), 0.0)
+
+
+def changes(x: jax.Array, largest: float, count: jax.Array) -> jax.Array:
+    """Status bits [B, K] int32 of what `finite` changes in the first `count` [B] of tokens [B, T,
+    K, H]."""
+    x = x.astype(jnp.float32)
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < count[:, None]
+    odd = ~(jnp.abs(x) <= largest) & valid[:, :, None, None]
+    broken = odd & ~jnp.isfinite(x)
+    bits = [
+        jnp.where(where.any((1, 3)), jnp.int32(bit), jnp.int32(0))
+        for where, bit in ((odd & ~broken, Status.SATURATED), (broken, Status.NOT_FINITE))
+    ]
+    return bits[0] | bits[1]
