@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jaxkv.formats import LARGEST
 from jaxkv.status import Status
@@ -23,12 +25,16 @@ def finite(x: jax.Array, largest: float = LARGEST) -> jax.Array:
 def changes(x: jax.Array, largest: float, count: jax.Array) -> jax.Array:
     """Status bits [B, K] int32 of what `finite` changes in the first `count` [B] of tokens [B, T,
     K, H]."""
-    x = x.astype(jnp.float32)
+    size = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)  # ordered as floats
+    bits = jnp.where(
+        size > _bits(np.inf) - 1,
+        jnp.int32(Status.NOT_FINITE),
+        jnp.where(size > _bits(largest), jnp.int32(Status.SATURATED), jnp.int32(0)),
+    )
     valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < count[:, None]
-    odd = ~(jnp.abs(x) <= largest) & valid[:, :, None, None]
-    broken = odd & ~jnp.isfinite(x)
-    bits = [
-        jnp.where(where.any((1, 3)), jnp.int32(bit), jnp.int32(0))
-        for where, bit in ((odd & ~broken, Status.SATURATED), (broken, Status.NOT_FINITE))
-    ]
-    return bits[0] | bits[1]
+    bits = jnp.where(valid[:, :, None, None], bits, jnp.int32(0))
+    return lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (1, 3))
+
+
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
