@@ -98,9 +98,8 @@ def partial_attention(
         windowed,
         layered,
     )
-    partials = _call(
-        plan, (*_bounds(part, limits, layer), query, unit), part.tier, tuning, interpret
-    )
+    small = *_bounds(part, limits, layer), query, unit[..., 0]
+    partials = _call(plan, small, part.tier, tuning, interpret)
     return Partial(
         *(
             x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r]
