@@ -158,7 +158,7 @@ def over_segments(
         # powers of two that they lack multiply the scores.
         seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
         rows, exponent = to_unit(seeing)
-        scale, scale_exponent = to_unit(jnp.asarray(scoring.scale_of_heads, jnp.float32), axis=None)
+        scale, scale_exponent = to_unit(scoring.scale_of_heads)
         folded = fold(rows * scale, heads)
         exponent = jnp.clip(exponent + scale_exponent, -126, 126)
         unit = power_of_two(fold(exponent, heads))  # [B, K, R, 1]

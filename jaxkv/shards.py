@@ -129,8 +129,8 @@ def append(
     own = deal.below(end + count) - deal.below(end)
     cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
     if lengths is not None or exists is not True:
-        status = flagged(cache.status, given != count, Status.OUT_OF_RANGE, layer)
-        cache = dataclasses.replace(cache, status=status)
+        refused = flagged(cache.refused, given != count, Status.OUT_OF_RANGE, layer)
+        cache = dataclasses.replace(cache, refused=refused)
     return _dealt(
         shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count)
     )

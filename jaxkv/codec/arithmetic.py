@@ -30,10 +30,10 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, x - first
 
 
-def to_unit(x: jax.Array, axis: int | None = -1) -> tuple[jax.Array, jax.Array]:
-    """x as y * 2**e: y with its largest element along an axis (None: of all) in [1, 4), and e int32
-    with that axis 1. Exact; zeros stay zeros, and what is not finite stays that."""
-    most = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+def to_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., X] as y * 2**e: y with its largest element in [1, 4), and e [..., 1] int32. Exact;
+    zeros stay zeros, and what is not finite stays that."""
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     exponent = jnp.clip((lax.bitcast_convert_type(most, jnp.int32) >> 23) - 127, -126, 126)
     return x * power_of_two(-exponent), exponent
 
