@@ -46,7 +46,7 @@ from laws import (
 )
 
 import jaxkv
-from jaxkv import Precision, reference
+from jaxkv import Precision, Status, reference
 from jaxkv.kernels import xla
 
 # 7. What is not held has no influence.
@@ -77,16 +77,17 @@ def test_empty_slots_never_reach_an_output(
     }
 )
 def test_dropped_tokens_never_reach_an_output(case: Case, rng: np.random.Generator) -> None:
-    """Tokens of NaN that were evicted, rewound, or cleared leave no trace."""
+    """Tokens of NaN that were evicted, rewound, or cleared leave no trace but in the status."""
     keys, values = random_tokens(rng, case, 10)
     bad, query = np.full_like(keys[:, :5], np.nan), random_query(rng, case)
     lengths = np.full(case.batch_size, 5, np.int32)
     state = append(start(case), bad, bad)
+    assert (state.status == Status.NOT_FINITE).all() and not clear(state).status.any()
     states = [clear(state), rewind(state, lengths)]
     if not case.config.sink_tokens:
         states.append(evict(state, lengths))
     for state in states:
-        assert not state.status.any()
+        assert not state.refused.any()
         chex.assert_trees_all_equal(attend(state, query), np.zeros_like(query))
         for first in (0, 5):
             state = append(state, keys[:, first : first + 5], values[:, first : first + 5])
