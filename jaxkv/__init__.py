@@ -27,7 +27,7 @@ from jaxkv.objects import (
 from jaxkv.presets import PRESETS, exact_ends, preset
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
-from jaxkv.state import CacheState, KvCacheStats, init, nbytes
+from jaxkv.state import CacheState, KvCacheStats, copy, init, nbytes
 from jaxkv.status import Status
 from jaxkv.storage import load, save
 from jaxkv.update import migrate
@@ -80,6 +80,7 @@ __all__ = [
     "attend",
     "clear",
     "concatenate",
+    "copy",
     "draw",
     "evict",
     "exact_ends",

@@ -13,10 +13,10 @@ import jax
 from jax.sharding import AbstractMesh
 
 from jaxkv.config import KvCacheConfig, TierSpec
-from jaxkv.formats import Format, Precision
 from jaxkv.models.spec import LayerSpec
 from jaxkv.sharding import Axes, check_divides, share, size
 from jaxkv.state import CacheState, bytes_per_token, init
+from jaxkv.summary import describe
 
 Layer = LayerSpec | KvCacheConfig
 
@@ -180,21 +180,6 @@ def _tier(part: KvCacheConfig, spec: TierSpec, heads: int, parts: int, total: in
 
 def _nbytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * int(leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
-
-
-def describe(fmt: Format) -> str:
-    """A format in words."""
-    if isinstance(fmt, Precision):
-        return fmt.value
-    unit = f"{fmt.group_size} tokens of a channel" if fmt.axis == "channel" else f"{fmt.group_size}"
-    flags = [
-        name
-        for name in ("two_level", "symmetric", "rotate", "align", "center")
-        if getattr(fmt, name)
-    ]
-    return ", ".join(
-        [f"{fmt.bits} bits, groups of {unit}", *(flag.replace("_", " ") for flag in flags)]
-    )
 
 
 def _fp16_bytes(layers: Sequence[Layer], tokens: int) -> int:

@@ -14,6 +14,7 @@ from jaxkv import ring
 from jaxkv.checks import as_int, as_layer
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, QuantSpec, plain
+from jaxkv.summary import summary
 from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.tokens import Index, Tokens
@@ -29,7 +30,7 @@ class Tier:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
 
@@ -44,6 +45,12 @@ class CacheState:
     refused: jax.Array  # [B] or [L, B] int32: Status bits of refused requests, sticky
     changed: jax.Array  # [B, K] or [L, B, K] int32: Status bits of what entered changed, sticky
     config: KvCacheConfig = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return summary("CacheState", self.config, self.end)
+
+    def __copy__(self) -> CacheState:
+        return copy(self)
 
     @property
     def begin(self) -> jax.Array:
@@ -69,6 +76,12 @@ class CacheState:
     @property
     def num_layers(self) -> int | None:
         return self.end.shape[0] if self.end.ndim == 2 else None
+
+
+def copy(state: CacheState) -> CacheState:
+    """The same in memory of its own, so that one of the two can be donated. `copy.copy` gives it
+    too."""
+    return jax.tree.map(lambda leaf: leaf.copy(), state)
 
 
 def init(

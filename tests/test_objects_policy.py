@@ -76,7 +76,7 @@ def test_policy_takes_effect(
     assert cache.policy() == Hybrid(8, FP32, Q8)
     cache.update_policy(policy)
     assert cache.policy() == policy
-    held, end = min(count - 2, sum(tiers.values())), np.asarray(cache._state.end)[0]
+    held, end = min(count - 2, sum(tiers.values())), np.asarray(cache._record.state.end)[0]
     assert (
         list(cache.tiers()) == list(tiers) and sum(cache.tiers().values()) == held and end == count
     )
@@ -206,7 +206,12 @@ def test_round_trip_through_json(value: Any) -> None:
 def test_statistics_of_caches_are_json(rng: np.random.Generator) -> None:
     cache, _ = filled(CONFIG, 20, rng)
     pooled = PooledKvCache.new(CONFIG, BufferPool(), 4)
-    for stats in (cache.stats(), cache.pool_stats(), pooled.stats(), jaxkv.stats(cache._state)):
+    for stats in (
+        cache.stats(),
+        cache.pool_stats(),
+        pooled.stats(),
+        jaxkv.stats(cache._record.state),
+    ):
         json.dumps(to_dict(stats), allow_nan=False)
     assert from_dict(KvCacheStats, to_dict(cache.stats())) == cache.stats()
 

@@ -52,7 +52,17 @@ class BufferPoolStats:
         return self.hits / max(self.hits + self.misses, 1)
 
 
-class PooledBuffer:
+class OnLoan:
+    """What has one holder, and can neither be copied nor pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is on loan from its pool and has one holder: copy what is in "
+            "it, with np.array, or acquire another"
+        )
+
+
+class PooledBuffer(OnLoan):
     """A buffer on loan. It goes back when released or garbage-collected; slices of it keep it from
     being collected."""
 
@@ -102,7 +112,7 @@ class PooledBuffer:
 
 class BufferPool:
     """Lends buffers of five size classes and keeps up to `max_buffers_per_class` at rest in each.
-    Safe to share between threads."""
+    Safe to share between threads. A copied or pickled pool comes back empty."""
 
     def __init__(self, max_buffers_per_class: int = 32) -> None:
         self._max_buffers = max_buffers_per_class
@@ -120,6 +130,9 @@ class BufferPool:
     @classmethod
     def with_capacity(cls, max_buffers_per_class: int) -> BufferPool:
         return cls(max_buffers_per_class)
+
+    def __reduce__(self) -> Any:
+        return BufferPool, (self._max_buffers,)
 
     def acquire(self, size_class: BufferSize) -> PooledBuffer:
         """A buffer of a class, from the pool or new.

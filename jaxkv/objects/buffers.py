@@ -110,6 +110,15 @@ class AlignedBuffer:
     def __deepcopy__(self, memo: dict[int, Any]) -> AlignedBuffer:
         return self.clone()
 
+    def __reduce__(self) -> Any:
+        return _buffer_of, (self.capacity(), np.array(self.as_slice()))
+
+
+def _buffer_of(capacity: int, numbers: NDArray[np.float32]) -> AlignedBuffer:
+    buffer = AlignedBuffer(capacity)
+    buffer.extend_from_slice(numbers)
+    return buffer
+
 
 @dataclasses.dataclass(frozen=True)
 class PoolStats:
@@ -127,7 +136,7 @@ class KvMemoryPool:
     and caches.
 
     A buffer that is never given back is freed when it is garbage-collected, and is then no longer
-    counted.
+    counted. A copied or pickled pool comes back empty.
     """
 
     def __init__(self, block_size: int, max_blocks: int) -> None:
@@ -148,6 +157,9 @@ class KvMemoryPool:
     def new(cls, block_size: int, max_blocks: int) -> KvMemoryPool:
         """The constructor, by the original's name."""
         return cls(block_size, max_blocks)
+
+    def __reduce__(self) -> Any:
+        return KvMemoryPool, (self._block_size, self._max_blocks)
 
     def get_key_buffer(self, capacity: int | None = None) -> AlignedBuffer:
         """An empty buffer: one at rest, else a new one of as many blocks as `capacity` floats

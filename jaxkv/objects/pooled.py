@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxkv.objects.arrays import Form, check_pair
-from jaxkv.objects.buffer_pool import BufferPool, BufferPoolStats, PooledBuffer
+from jaxkv.objects.buffer_pool import BufferPool, BufferPoolStats, OnLoan, PooledBuffer
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 
 
@@ -28,7 +29,7 @@ class Sizes(Protocol):
     def head_dim(self) -> int: ...
 
 
-class PooledKvBlock:
+class PooledKvBlock(OnLoan):
     """Keys and values of consecutive tokens in two pooled buffers, as many as their size class
     holds. For one thread at a time."""
 
@@ -59,13 +60,24 @@ class PooledKvBlock:
         """
         keys, values, size, _ = check_pair(keys, values, *self._shape)
         size = min(size, self.remaining_tokens())
+        self._token_count = self._write(keys, values, size)
+        return size
+
+    def _write(self, keys: Any, values: Any, size: int) -> int:
+        """Writes tokens behind those held -> how many there would be if these were held too."""
         start, stop = self._token_count * self._stride, (self._token_count + size) * self._stride
         for buffer, new in ((self._keys, keys), (self._values, values)):
-            buffer.as_slice_mut()[start:stop] = np.asarray(new, np.float32).reshape(-1)[
-                : stop - start
-            ]
-        self._token_count += size
-        return size
+            numbers = np.asarray(new, np.float32).reshape(-1)
+            buffer.as_slice_mut()[start:stop] = numbers[: stop - start]
+        return self._token_count + size
+
+    def extended(self, keys: Any, values: Any) -> PooledKvBlock:
+        """A block in the same buffers that holds as many tokens more as there is room for; this one
+        does not see them."""
+        size = min(keys.size // self._stride, self.remaining_tokens())
+        other = PooledKvBlock(self._keys, self._values, *self._shape)
+        other._token_count = self._write(keys, values, size)
+        return other
 
     def keys(self) -> NDArray[np.float32]:
         """The keys, flat, read-only: a view, valid until the block is cleared or released."""
@@ -121,8 +133,9 @@ class PooledKvCache:
             raise KvCacheError(f"{tokens_per_block=}: must be at least 1")
         self.config = config
         self._pool, self._tokens_per_block = pool, tokens_per_block
-        self._blocks: list[PooledKvBlock] = []
-        self._form = Form()
+        # One attribute, set once in a call: an interrupt at any point leaves all of it as it was.
+        # What it may leave acquired or no longer needed goes back when it is collected.
+        self._held: tuple[tuple[PooledKvBlock, ...], Form] = (), Form()
         self._lock = threading.Lock()
 
     @classmethod
@@ -146,19 +159,20 @@ class PooledKvCache:
         keys, values, size, form = check_pair(keys, values, heads, head_dim)
         new = [np.asarray(x, np.float32).reshape(-1) for x in (keys, values)]
         with self._lock:
-            added = self._blocks_for(size)
-            open_blocks = [*self._blocks[-1:], *added]
-            self._blocks += added
-            self._form = form
-            for block in open_blocks:
-                written = block.append(*new)
+            blocks, _ = self._held
+            found = list(blocks[:-1])
+            for block in [*blocks[-1:], *self._blocks_for(size, blocks)]:
+                found.append(block.extended(*new))
+                written = found[-1].token_count() - block.token_count()
                 new = [x[written * heads * head_dim :] for x in new]
-            self._evict()
+            evicted = self._overdue(found)
+            self._held = tuple(found[evicted:]), form
+            _release(found[:evicted])
 
-    def _blocks_for(self, size: int) -> list[PooledKvBlock]:
+    def _blocks_for(self, size: int, blocks: Sequence[PooledKvBlock]) -> list[PooledKvBlock]:
         """Blocks for what of `size` tokens does not fit into the last one. All are acquired before
         anything is written."""
-        size -= self._blocks[-1].remaining_tokens() if self._blocks else 0
+        size -= blocks[-1].remaining_tokens() if blocks else 0
         found: list[PooledKvBlock] = []
         while size > 0:
             block = PooledKvBlock.new(
@@ -171,48 +185,95 @@ class PooledKvCache:
             size -= block.capacity_tokens()
         return found
 
-    def _evict(self) -> None:
-        held = self._total_tokens()
+    def _overdue(self, blocks: Sequence[PooledKvBlock]) -> int:
+        """How many of the oldest blocks hold more than fits."""
+        held, count = _total(blocks), 0
         while held > self.config.max_tokens:
-            block = self._blocks.pop(0)
-            held -= block.token_count()
-            block.release()
-
-    def _total_tokens(self) -> int:
-        return sum(block.token_count() for block in self._blocks)
+            held -= blocks[count].token_count()
+            count += 1
+        return count
 
     def get_all_kv(self) -> tuple[Any, Any]:
         """All keys and values, oldest first, in the form of the last append (flat NumPy before the
         first)."""
-        with self._lock:
-            both = [
-                [half(block) for block in self._blocks]
-                for half in (PooledKvBlock.keys, PooledKvBlock.values)
-            ]
-            shape = (-1, self.config.num_kv_heads, self.config.head_dim)
-            keys, values = (
-                np.concatenate([np.empty(0, np.float32), *parts]).reshape(shape) for parts in both
-            )
-            return self._form.write(keys), self._form.write(values)
+        keys, values, form = self._contents()
+        shape = (-1, self.config.num_kv_heads, self.config.head_dim)
+        return form.write(keys.reshape(shape)), form.write(values.reshape(shape))
 
     def stats(self) -> PooledKvCacheStats:
         with self._lock:
-            total = self._total_tokens()
+            blocks, _ = self._held
+            total = _total(blocks)
             size = total * self.config.num_kv_heads * self.config.head_dim * 4 * 2
             return PooledKvCacheStats(
-                total, len(self._blocks), self._tokens_per_block, size, self._pool.stats()
+                total, len(blocks), self._tokens_per_block, size, self._pool.stats()
             )
 
     def clear(self) -> None:
         """Forgets all tokens and gives the blocks back."""
         with self._lock:
-            _release(self._blocks)
-            self._blocks.clear()
+            blocks, form = self._held
+            self._held = (), form
+            _release(blocks)
 
     def pool(self) -> BufferPool:
         return self._pool
 
+    def clone(self) -> PooledKvCache:
+        """A cache with the same tokens in blocks of its own from the same pool. `copy.copy` and
+        `copy.deepcopy` give it too; a pickled cache comes back with another pool."""
+        return _cache_of(self.config, self._pool, self._tokens_per_block, *self._contents())
 
-def _release(blocks: list[PooledKvBlock]) -> None:
+    def _contents(self) -> tuple[NDArray[np.float32], NDArray[np.float32], Form]:
+        with self._lock:
+            blocks, form = self._held
+            empty = [np.empty(0, np.float32)]
+            keys, values = (
+                np.concatenate(empty + [half(block) for block in blocks])
+                for half in (PooledKvBlock.keys, PooledKvBlock.values)
+            )
+            return keys, values, form
+
+    def __copy__(self) -> PooledKvCache:
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PooledKvCache:
+        return self.clone()
+
+    def __reduce__(self) -> Any:
+        return _cache_of, (self.config, self._pool, self._tokens_per_block, *self._contents())
+
+    def __len__(self) -> int:
+        """Tokens held."""
+        return _total(self._held[0])
+
+    def __bool__(self) -> bool:
+        return True  # a cache is there even if it is empty
+
+    def __repr__(self) -> str:
+        heads = f"{self.config.num_kv_heads} kv heads of {self.config.head_dim}"
+        return f"PooledKvCache: {len(self):,} of {self.config.max_tokens:,} tokens, {heads}, fp32"
+
+
+def _cache_of(
+    config: Sizes,
+    pool: BufferPool,
+    tokens_per_block: int,
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    form: Form,
+) -> PooledKvCache:
+    cache = PooledKvCache(config, pool, tokens_per_block)
+    if keys.size:
+        cache.append(keys, values)
+    cache._held = cache._held[0], form
+    return cache
+
+
+def _total(blocks: Sequence[PooledKvBlock]) -> int:
+    return sum(block.token_count() for block in blocks)
+
+
+def _release(blocks: Sequence[PooledKvBlock]) -> None:
     for block in blocks:
         block.release()

@@ -3,7 +3,6 @@ donation, under a lock."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import jax
@@ -18,12 +17,13 @@ from jaxkv.objects import compiled
 from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, cut, fill, pieces
 from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
+from jaxkv.objects.holder import Holder, Record
 from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
 from jaxkv.state import CacheState, KvCacheStats, init
 from jaxkv.status import Status
 
 
-class TwoTierKvCache:
+class TwoTierKvCache(Holder):
     """A cache of one sequence. Safe to use from many threads: each call sees, or makes, one whole
     state.
 
@@ -41,16 +41,11 @@ class TwoTierKvCache:
     def __init__(self, config: KvCacheConfig, pool: KvMemoryPool | None = None) -> None:
         """A cache with a memory pool of its own, warmed up for two reads at a time, or with a given
         one."""
-        self.config = config
         if pool is None:
             block = config.num_kv_heads * config.head_dim * max(config.tail_length, 1)
             pool = KvMemoryPool(block, max(config.max_tokens // max(config.tail_length, 1), 4))
             pool.prewarm(2)
-        self._pool = pool
-        self._policy = CacheQuantization.of(config)
-        self._state = init(config)
-        self._form = Form()
-        self._lock = threading.Lock()
+        super().__init__(config, pool)
 
     @classmethod
     def new(cls, config: KvCacheConfig) -> TwoTierKvCache:
@@ -76,11 +71,14 @@ class TwoTierKvCache:
         shape = (self.config.num_kv_heads, self.config.head_dim)
         key_pieces, value_pieces = pieces(keys, size, shape), pieces(values, size, shape)
         with self._lock:
-            self._state = self._appended(key_pieces, value_pieces, size)
-            self._form = form
+            record = self._whole()
+            state = self._appended(record, key_pieces, value_pieces, size)
+            self._record = record._replace(state=state, form=form)
 
-    def _appended(self, keys: list[Any], values: list[Any], size: int) -> CacheState:
-        state = self._state
+    def _appended(
+        self, record: Record, keys: list[Any], values: list[Any], size: int
+    ) -> CacheState:
+        state = record.state
         try:
             for index, pair in enumerate(zip(keys, values, strict=True)):
                 lengths = (
@@ -94,8 +92,8 @@ class TwoTierKvCache:
                 )
         except (ValueError, JaxRuntimeError) as error:
             message = str(error)
-            if self._state.end.is_deleted():
-                self._state = init(self._state.config)
+            if record.state.end.is_deleted():
+                self._record = record._replace(state=init(record.state.config))
                 lost = "the device failed with the cache's only copy in hand; it is empty now"
                 message = f"{lost}: {message}"
             raise _translated(message) from error
@@ -135,7 +133,7 @@ class TwoTierKvCache:
                 for x in (scale, decay)
             ]
             with self._lock:
-                out = compiled.attend(self._state, given, *numbers, lengths)
+                out = compiled.attend(self._whole().state, given, *numbers, lengths)
             if not is_jax:
                 return np.asarray(out)[: len(query)].astype(query.dtype)
             return out if size == bucket(size) else cut(out, size)
@@ -160,10 +158,11 @@ class TwoTierKvCache:
     def _held(self) -> tuple[NDArray[np.float32], NDArray[np.float32], Form]:
         """Keys and values [T, K, H], read-only, and the form to give them in."""
         with self._lock:
-            found, form = compiled.gather(self._state), self._form
+            record = self._whole()
+            found = compiled.gather(record.state)
         keys, values, positions = (np.asarray(array)[0] for array in found)
-        held = positions >= 0
-        return keys[: held.sum()], values[: held.sum()], form
+        size = (positions >= 0).sum()
+        return keys[:size], values[:size], record.form
 
     def memory_pool(self) -> KvMemoryPool:
         """Where the buffers of `get_all_kv_aligned` come from."""
@@ -175,7 +174,7 @@ class TwoTierKvCache:
     def stats(self) -> KvCacheStats:
         """Counts, bytes and compression of the tokens held, as Python numbers."""
         with self._lock:
-            found = compiled.stats(self._state)
+            found = compiled.stats(self._whole().state)
         numbers = {name: np.asarray(value).item() for name, value in vars(found).items()}
         ratio = numbers.pop("compression_ratio")
         return KvCacheStats(
@@ -185,14 +184,16 @@ class TwoTierKvCache:
     def tiers(self) -> dict[CacheTier, int]:
         """Tokens in each tier that the policy has, newest tier first."""
         with self._lock:
-            chain, found = self._state.config.chain, compiled.stats(self._state)
+            state = self._whole().state
+            chain, found = state.config.chain, compiled.stats(state)
         counts = {"hot": found.tail_tokens, "warm": found.warm_tokens, "cold": found.store_tokens}
         return {CacheTier(spec.name): int(counts[spec.name][0]) for spec in chain}
 
     def clear(self) -> None:
         """Forgets all tokens; the arrays stay."""
         with self._lock:
-            self._state = compiled.clear(self._state)
+            record = self._whole()
+            self._record = record._replace(state=compiled.clear(record.state))
 
     def evict(self, count: int) -> None:
         """Drops the `count` oldest tokens; sinks stay.
@@ -216,7 +217,9 @@ class TwoTierKvCache:
         except ValueError as error:
             raise KvCacheError(str(error)) from None
         with self._lock:
-            self._state, status = verb(self._state, min(count, self.config.max_tokens + 1))
+            record = self._whole()
+            state, status = verb(record.state, min(count, self.config.max_tokens + 1))
+            self._record = record._replace(state=state)
         if status[0]:
             raise KvCacheError(
                 f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens"
@@ -224,9 +227,8 @@ class TwoTierKvCache:
 
     def policy(self) -> CacheQuantization:
         """The policy in force."""
-        with self._lock:
-            policy, config = self._policy, self._state.config
-        return policy.achieved_by(config) if isinstance(policy, QuantizedStore) else policy
+        (state, policy, _) = self._record
+        return policy.achieved_by(state.config) if isinstance(policy, QuantizedStore) else policy
 
     def update_policy(self, policy: CacheQuantization) -> None:
         """Moves the tokens held into the tiers of another policy, at their positions; of more than
@@ -243,13 +245,20 @@ class TwoTierKvCache:
                 f"{policy=}: must be a CacheQuantization, such as CacheQuantization.Hybrid()"
             )
         with self._lock:
+            record = self._whole()
             try:
-                config = policy.applied_to(self.config)
-                if config != self._state.config:
-                    self._state = compiled.move(self._state, config)
+                config, state = policy.applied_to(self.config), record.state
+                moved = state if config == state.config else compiled.move(state, config)
             except (TypeError, ValueError, JaxRuntimeError) as error:
                 raise _translated(str(error)) from error
-            self._policy = policy
+            self._record = record._replace(state=moved, policy=policy)
+
+    def __len__(self) -> int:
+        """Tokens held."""
+        return self.stats().total_tokens
+
+    def __bool__(self) -> bool:
+        return True  # a cache is there even if it is empty
 
 
 def _translated(message: str) -> Exception:

@@ -6,9 +6,9 @@ import html
 
 import numpy as np
 
-from jaxkv.plan import describe
 from jaxkv.state import CacheState, Segment, bytes_per_token, segments
 from jaxkv.status import Status
+from jaxkv.summary import describe
 
 WIDTH = 40
 """Characters of a full bar."""
