@@ -42,6 +42,9 @@ def append(
 ) -> CacheState:
     """Appends tokens, migrates what leaves a tier and evicts what no longer fits.
 
+    Donated (`jax.jit(step, donate_argnums=0)`) the state is changed in place, and it and all states
+    that share arrays with it are gone: keep what you may come back to with `jaxkv.copy`.
+
     Appending T tokens gives the same bits as T appends of one.
 
     Args:

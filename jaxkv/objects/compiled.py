@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +22,28 @@ from jaxkv.state import CacheState, Tier
 from jaxkv.tiers.tokens import Tokens, new_mirror
 
 
-def _append(
+def donated(verb: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+    """The compiled (structure, leaves, *args) -> leaves of `verb(state, *args)`, which is a state,
+    or one and arrays besides; the state's leaves are donated.
+
+    Leaves in lists, so that no line of Python runs between the device's answer and its keeping
+    (`Holder.donate`): a state's dataclasses are built by one.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def run(structure: Any, leaves: list[jax.Array], *args: Any) -> list[jax.Array]:
+        return jax.tree.leaves(verb(jax.tree.unflatten(structure, leaves), *args))
+
+    return run
+
+
+@donated
+def append(
     state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None
 ) -> CacheState:
+    """Tokens are flat or [T, K, H], lengths [1] or None."""
     shape = (1, -1, state.config.num_kv_heads, state.config.head_dim)
     return update.append(state, keys.reshape(shape), values.reshape(shape), lengths)
-
-
-append = jax.jit(_append, donate_argnums=0)
-"""(state, keys, values, lengths [1] or None) -> state; tokens flat or [T, K, H]."""
-
-append_to_copy = jax.jit(_append)
-"""As `append`, but the given state stays valid."""
 
 
 @jax.jit
@@ -48,13 +60,13 @@ def attend(
     return out.reshape(query.shape)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@donated
 def evict(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
     """The state with the status bits that this raised taken out of it, and those bits [1]."""
     return _without_status(drop.evict(state, count))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@donated
 def rewind(state: CacheState, count: int) -> tuple[CacheState, jax.Array]:
     """As `evict`."""
     return _without_status(drop.rewind(state, count))
@@ -64,7 +76,7 @@ def _without_status(state: CacheState) -> tuple[CacheState, jax.Array]:
     return dataclasses.replace(state, refused=jnp.zeros_like(state.refused)), state.refused
 
 
-clear = jax.jit(drop.clear, donate_argnums=0)
+clear = donated(drop.clear)
 gather = jax.jit(reading.gather)
 stats = jax.jit(reading.stats)
 

@@ -19,7 +19,7 @@ from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 from jaxkv.objects.holder import Holder, Record
 from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
-from jaxkv.state import CacheState, KvCacheStats, init
+from jaxkv.state import KvCacheStats, copy
 from jaxkv.status import Status
 
 
@@ -71,33 +71,28 @@ class TwoTierKvCache(Holder):
         shape = (self.config.num_kv_heads, self.config.head_dim)
         key_pieces, value_pieces = pieces(keys, size, shape), pieces(values, size, shape)
         with self._lock:
-            record = self._whole()
-            state = self._appended(record, key_pieces, value_pieces, size)
-            self._record = record._replace(state=state, form=form)
+            self._append(self._whole()._replace(form=form), key_pieces, value_pieces, size)
 
-    def _appended(
-        self, record: Record, keys: list[Any], values: list[Any], size: int
-    ) -> CacheState:
-        state = record.state
+    def _append(self, record: Record, keys: list[Any], values: list[Any], size: int) -> None:
+        lengths = [
+            None if size == 1 else np.array([min(size - first, PIECE)], np.int32)
+            for first in range(0, size, PIECE)
+        ]
+        *first, last = zip(keys, values, lengths, strict=True)
         try:
-            for index, pair in enumerate(zip(keys, values, strict=True)):
-                lengths = (
-                    None if size == 1 else np.array([min(size - index * PIECE, PIECE)], np.int32)
-                )
-                # Of several pieces the first is appended to a copy, so that the cache is whole if a
-                # later one fails.
-                is_first_of_many = index == 0 and len(keys) > 1
-                state = (compiled.append_to_copy if is_first_of_many else compiled.append)(
-                    state, *pair, lengths
-                )
+            if first:  # to a copy, so that the cache is whole if a later piece fails
+                leaves, structure = jax.tree.flatten(copy(record.state))
+                for piece in first:
+                    leaves = compiled.append(structure, leaves, *piece)
+                record = record._replace(state=jax.tree.unflatten(structure, leaves))
+            self._donate(record, compiled.append, *last)
         except (ValueError, JaxRuntimeError) as error:
             message = str(error)
-            if record.state.end.is_deleted():
-                self._record = record._replace(state=init(record.state.config))
+            if self._record.state.end.is_deleted():
+                self._lose()
                 lost = "the device failed with the cache's only copy in hand; it is empty now"
                 message = f"{lost}: {message}"
             raise _translated(message) from error
-        return state
 
     def attend(
         self, query: Any, scale: float | None = None, *, decay: ArrayLike | None = None
@@ -192,8 +187,7 @@ class TwoTierKvCache(Holder):
     def clear(self) -> None:
         """Forgets all tokens; the arrays stay."""
         with self._lock:
-            record = self._whole()
-            self._record = record._replace(state=compiled.clear(record.state))
+            self._donate(self._whole(), compiled.clear)
 
     def evict(self, count: int) -> None:
         """Drops the `count` oldest tokens; sinks stay.
@@ -217,9 +211,7 @@ class TwoTierKvCache(Holder):
         except ValueError as error:
             raise KvCacheError(str(error)) from None
         with self._lock:
-            record = self._whole()
-            state, status = verb(record.state, min(count, self.config.max_tokens + 1))
-            self._record = record._replace(state=state)
+            [status] = self._donate(self._whole(), verb, min(count, self.config.max_tokens + 1))
         if status[0]:
             raise KvCacheError(
                 f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens"
