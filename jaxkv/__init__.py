@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.devices import copy
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.models.configs import layers_of
 from jaxkv.models.layers import Layers, init_layers
@@ -27,7 +28,7 @@ from jaxkv.objects import (
 from jaxkv.presets import PRESETS, exact_ends, preset
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
-from jaxkv.state import CacheState, KvCacheStats, copy, init, nbytes
+from jaxkv.state import CacheState, KvCacheStats, init, nbytes
 from jaxkv.status import Status
 from jaxkv.storage import load, save
 from jaxkv.update import migrate

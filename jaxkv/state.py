@@ -13,6 +13,7 @@ from jax import lax
 from jaxkv import ring
 from jaxkv.checks import as_int, as_layer
 from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.devices import copy, settled
 from jaxkv.formats import Format, QuantSpec, plain
 from jaxkv.summary import summary
 from jaxkv.tiers import tokens
@@ -78,12 +79,6 @@ class CacheState:
         return self.end.shape[0] if self.end.ndim == 2 else None
 
 
-def copy(state: CacheState) -> CacheState:
-    """The same in memory of its own, so that one of the two can be donated. `copy.copy` gives it
-    too."""
-    return jax.tree.map(lambda leaf: leaf.copy(), state)
-
-
 def init(
     config: KvCacheConfig,
     batch_size: int = 1,
@@ -91,6 +86,7 @@ def init(
     *,
     key_mean: jax.Array | None = None,
     value_mean: jax.Array | None = None,
+    device: Any = None,
 ) -> CacheState:
     """An empty cache; all arrays are allocated here and keep their shapes for ever.
 
@@ -99,6 +95,9 @@ def init(
         `layer=`.
       key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before
         they quantize.
+      device: a device or a sharding to put the arrays on; None: JAX's default. Where there are
+        several and others of a step's arguments have been put on one, give it here, or the step's
+        second call compiles it anew.
     """
     batch_size = as_int("batch_size", batch_size, 1)
     num_layers = None if num_layers is None else as_int("num_layers", num_layers, 1)
@@ -120,7 +119,7 @@ def init(
     lost = jnp.zeros((*lead, len(tiers)), jnp.int32)
     changed = jnp.zeros((*lead, heads), jnp.int32)
     state = CacheState(sinks, tiers, zeros, lost, jnp.zeros_like(zeros), changed, config)
-    return _with_means(state, key_mean, value_mean)
+    return settled(_with_means(state, key_mean, value_mean), device)
 
 
 def _with_means(

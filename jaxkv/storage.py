@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxkv import ring
 from jaxkv.config import KvCacheConfig
+from jaxkv.devices import settled
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.signed import MALFORMED, NO_DIGEST, VERSION, SignedFile, StorageError, sign
 from jaxkv.state import CacheState, Tier, init
@@ -111,7 +112,7 @@ def load(
         array[tuple(slice(size) for size in part.shape)] = part
         return jnp.asarray(array)
 
-    return jax.tree_util.tree_map_with_path(read, _trimmed(whole, end), wanted)
+    return settled(jax.tree_util.tree_map_with_path(read, _trimmed(whole, end), wanted))
 
 
 def _description(state: CacheState) -> dict[str, Any]:

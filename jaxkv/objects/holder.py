@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.config import KvCacheConfig
+from jaxkv.devices import copy, settled
 from jaxkv.objects.arrays import Form
 from jaxkv.objects.buffers import KvMemoryPool
 from jaxkv.objects.errors import KvCacheError
 from jaxkv.objects.policy import CacheQuantization
-from jaxkv.state import CacheState, copy, init
+from jaxkv.state import CacheState, init
 from jaxkv.summary import summary
 
 
@@ -102,7 +103,7 @@ class Holder:
 
     def __setstate__(self, given: dict[str, Any]) -> None:
         record = given["_record"]
-        record = record._replace(state=jax.tree.map(jnp.asarray, record.state))
+        record = record._replace(state=settled(jax.tree.map(jnp.asarray, record.state)))
         Holder.__init__(self, given["config"], given["_pool"])
         self._record = record
 

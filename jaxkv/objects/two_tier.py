@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from jaxkv.checks import as_int
 from jaxkv.config import KvCacheConfig
+from jaxkv.devices import copy, settled
 from jaxkv.objects import compiled
 from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, cut, fill, pieces
 from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 from jaxkv.objects.holder import Holder, Record
 from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
-from jaxkv.state import KvCacheStats, copy
+from jaxkv.state import KvCacheStats
 from jaxkv.status import Status
 
 
@@ -71,7 +72,12 @@ class TwoTierKvCache(Holder):
         shape = (self.config.num_kv_heads, self.config.head_dim)
         key_pieces, value_pieces = pieces(keys, size, shape), pieces(values, size, shape)
         with self._lock:
-            self._append(self._whole()._replace(form=form), key_pieces, value_pieces, size)
+            record = self._whole()
+            if isinstance(keys, jax.Array) and keys.committed and not record.state.end.committed:
+                # A cache lives where its first tokens were put.
+                record = record._replace(state=settled(record.state, keys.device))
+                self._record = record
+            self._append(record._replace(form=form), key_pieces, value_pieces, size)
 
     def _append(self, record: Record, keys: list[Any], values: list[Any], size: int) -> None:
         lengths = [
