@@ -34,9 +34,10 @@ from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
 from jaxkv.status import Status, flagged
 from jaxkv.tiers.tokens import Index
+from jaxkv.trees import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """One cache on many devices. Made by `init`; the verbs of this module return a new one."""

@@ -24,8 +24,8 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 """What reading a header that no `save` has written may raise."""
 
 _DTYPES = {
-    "I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32",
-    "F16": "float16", "F32": "float32",
+    "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool",
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxkv.trees import node
+
 FLOOR = float(np.finfo(np.float32).min)
 """The least maximum, no larger than any finite score. Finite itself, so that `exp(-inf - FLOOR)` is
 0 and never NaN where nothing is visible."""
@@ -26,7 +28,7 @@ def bounded(scores: jax.Array) -> jax.Array:
     return jnp.clip(scores, -MOST_SCORE, MOST_SCORE)
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Partial:
     """Attention over a part of the tokens: `out = sum_s exp(score_s - max) value_s`, `sum = sum_s

@@ -19,9 +19,10 @@ from jaxkv.summary import summary
 from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.tokens import Index, Tokens
+from jaxkv.trees import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Tier:
     """Keys and values of one tier."""
@@ -30,7 +31,7 @@ class Tier:
     values: Tokens
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True, repr=False)
 class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
@@ -152,7 +153,7 @@ def _with_means(
     return dataclasses.replace(state, tiers=tiers)
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class KvCacheStats:
     """What is held now. Token counts are int32 [B] (or [L, B]); bytes and ratio are float32 over

@@ -30,6 +30,7 @@ from jaxkv.codec.scales import (
     widened,
 )
 from jaxkv.formats import QuantSpec
+from jaxkv.trees import node
 
 CUT = {4: 0.04, 2: 0.16}
 """The share of a group's range that is cut off at both ends before the fits, per bits."""
@@ -39,7 +40,7 @@ FITS = {4: 2, 2: 3}
 squared error for 4 times the work."""
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """Quantized tokens on their way into or out of a tier, group axes beside their elements."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxkv.config import KvCacheConfig
 from jaxkv.models.spec import LayerSpec
 from jaxkv.state import CacheState, init
+from jaxkv.trees import node
 
 Layer = Any
 """A layer's number. An int, or where it is traced, a pair (like, number): `like` is the number, an
@@ -28,7 +29,7 @@ class Place(NamedTuple):
     rank: int
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """The state of a model's cache; made by `init_layers`, and taken by every verb like a stack.

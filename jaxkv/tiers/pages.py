@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring
+from jaxkv.trees import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Pages:
     """Which pages of a pool each row has, and which are free: N pages, R rows of up to P pages.

@@ -31,11 +31,12 @@ from jaxkv import codec
 from jaxkv.codec import arithmetic, rotation
 from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
 from jaxkv.tiers.basis import Basis
+from jaxkv.trees import node
 
 Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Keys or values of one tier; see the module for the layout. None where the format has no such
