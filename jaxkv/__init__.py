@@ -25,6 +25,7 @@ from jaxkv.objects import (
     PoolStats,
     TwoTierKvCache,
 )
+from jaxkv.padding import valid_from_mask
 from jaxkv.presets import PRESETS, exact_ends, preset
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
@@ -38,7 +39,10 @@ from jaxkv.verbs import (
     clear,
     concatenate,
     evict,
+    extend,
     gather,
+    keep,
+    positions,
     prefill,
     replace_rows,
     rewind,
@@ -85,13 +89,16 @@ __all__ = [
     "draw",
     "evict",
     "exact_ends",
+    "extend",
     "gather",
     "init",
     "init_layers",
+    "keep",
     "layers_of",
     "load",
     "migrate",
     "nbytes",
+    "positions",
     "prefill",
     "preset",
     "replace_rows",
@@ -99,4 +106,5 @@ __all__ = [
     "save",
     "stats",
     "take_rows",
+    "valid_from_mask",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,13 @@ def attend(
 ) -> Any:
     """Attention of the newest tokens' queries over all tokens held, causal among the newest.
 
+    A query looks at the cache as it was when its own token was the newest: at the tokens that were
+    held then, each in the tier where it was. So T queries after one append of T tokens see what T
+    steps of `append` and `attend` see, as far as the rings still have it: all of it where T - 1 <=
+    `rewind_length`, as speculative decoding wants it. Beyond, the first queries see tokens
+    quantized that they would have seen exactly, and where the cache is full they miss what their
+    own append has evicted: a prompt belongs into `extend` (or `prefill`), which attends first.
+
     Args:
       query: [B, T, N, H] of the T tokens appended last (N a multiple of K); any float dtype,
         computed in float32.
@@ -49,17 +57,34 @@ def attend(
         not have gives zeros.
       return_lse: also return the log of the softmax's denominator.
       implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
-      whatever suits the platform. **options: the fields of `Scoring`: causal, window, soft_cap,
-      decay, bias, mask, sink_logits.
+      whatever suits the platform. **options: the fields of `Scoring`: causal, window, window_sinks,
+      soft_cap, decay, bias, mask, sink_logits.
 
     Returns:
-      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros. With `return_lse`,
-      also [B, T, N] float32.
+      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros; T = 0 gives
+      [B, 0, N, H]. With `return_lse`, also [B, T, N] float32.
     """
-    layer, exists = as_layer(layer, state.num_layers)
     config = state.config
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
+    return attention(state, query, lengths, scoring, layer, return_lse, implementation)
+
+
+def attention(
+    state: CacheState,
+    query: jax.Array,
+    lengths: ArrayLike | None,
+    scoring: Scoring,
+    layer: Index,
+    return_lse: bool,
+    implementation: dispatch.Implementation,
+) -> Any:
+    """`attend` with its options checked."""
+    config = state.config
+    layer, exists = as_layer(layer, state.num_layers)
+    if query.shape[1] == 0:
+        lse = jnp.full(query.shape[:3], -jnp.inf)
+        return (query, lse) if return_lse else query
     count = in_range(
         as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1], exists
     )
@@ -69,10 +94,30 @@ def attend(
     if not scoring.causal:
         position = jnp.maximum(position, 0)  # more queries than tokens: they, too, see all
     position = jnp.where(index < count[:, None], position, -1)
-    partial = over_segments(
-        segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation
-    )
+    check_room(config, scoring, query.shape[1])
+    sinks = config.sink_tokens if scoring.window_sinks else 0
+
+    def held(position: jax.Array) -> list[Segment]:
+        each_its_own = scoring.causal and query.shape[1] > 1
+        return segments(state, layer, position + 1 if each_its_own else None)
+
+    partial = over_segments(held, query, position, scoring, sinks, layer, implementation)
     return finish([partial], scoring, query, return_lse)
+
+
+def check_room(config: KvCacheConfig, scoring: Scoring, size: int, parts: int = 1) -> None:
+    """Refuses queries whose window reaches tokens that an append of so many has evicted; `config`
+    is that of one of `parts` devices."""
+    last, window = config.chain[-1], scoring.window
+    most = (config.room + last.capacity - last.length) * parts
+    if not scoring.causal or not isinstance(window, int) or window > config.max_tokens * parts:
+        return
+    if size > 1 and window + size - 1 > most:
+        raise ValueError(
+            f"window={window} for {size} queries at once needs {window + size - 1} tokens, and the "
+            f"cache has room for {most}: use `extend` (or `prefill`), which attends before it "
+            f"evicts, or set rewind_length (now {config.rewind_length}) to {size - 1}"
+        )
 
 
 def scoring_of(
@@ -85,9 +130,10 @@ def scoring_of(
             f"unknown options {sorted(unknown)}: attention knows "
             f"{[f.name for f in dataclasses.fields(Scoring)]}"
         )
-    if options.get("window") is None:
-        options = {**options, "window": config.window}
-    scoring = Scoring(scale=query.shape[-1] ** -0.5 if scale is None else scale, **options)
+    defaults = {"window": config.window, "window_sinks": config.window_sinks}
+    given = {name: option for name, option in options.items() if option is not None}
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scoring = Scoring(scale=scale, **{**defaults, **given})
     return scoring.checked(query.shape[0], query.shape[2], query.shape[1])
 
 
@@ -107,7 +153,7 @@ def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_l
 
 
 def over_segments(
-    parts: list[Segment],
+    parts: Callable[[jax.Array], list[Segment]],
     query: jax.Array,
     position: jax.Array,
     scoring: Scoring,
@@ -116,8 +162,7 @@ def over_segments(
     implementation: dispatch.Implementation = None,
 ) -> Partial:
     """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees
-    nothing."""
-    heads = parts[0].tier.keys.data.shape[-3]
+    nothing. `parts` gives the segments for queries at [B, T']."""
     size = query.shape[1]
 
     def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
@@ -154,6 +199,8 @@ def over_segments(
                 top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
             return Partial(value_basis.output(found.out, found.sum), top, found.sum)
 
+        held = parts(position)
+        heads = held[0].tier.keys.data.shape[-3]
         # What sees nothing may hold anything. Rows of size 1 keep every product within float32; the
         # powers of two that they lack multiply the scores.
         seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
@@ -163,7 +210,7 @@ def over_segments(
         exponent = jnp.clip(exponent + scale_exponent, -126, 126)
         unit = power_of_two(fold(exponent, heads))  # [B, K, R, 1]
         newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], EVERY)
-        return softmax.merge([over(part) for part in parts])
+        return softmax.merge([over(part) for part in held])
 
     if size <= QUERY_BLOCK:
         return some(query, position, scoring)
@@ -210,10 +257,43 @@ def unfold(out: jax.Array, query: jax.Array) -> jax.Array:
     )
 
 
-def raw_segment(keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.Array) -> Segment:
+def raw_segments(
+    config: KvCacheConfig, keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.Array
+) -> list[Segment]:
     """The first `count` [B] of tokens [B, T, K, H] that no tier holds yet, at positions base[b],
-    base[b] + 1, ..."""
+    base[b] + 1, ...; where they are more than the chain holds, those that become sinks apart."""
+    most = keys.shape[1]
+    if not config.sink_tokens or most <= config.room:
+        return [_raw("raw", keys, values, jnp.zeros_like(count), count, base)]
+    size = min(config.sink_tokens, most)
+    few = jnp.clip(config.sink_tokens - base, 0, count)
+    return [
+        _raw("sinks", keys[:, :size], values[:, :size], jnp.zeros_like(count), few, base),
+        _raw("raw", keys, values, few, count, base),
+    ]
+
+
+def _raw(
+    name: str,
+    keys: jax.Array,
+    values: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    base: jax.Array,
+) -> Segment:
     size = keys.shape[1]
-    spec = TierSpec("raw", size, size, 0, Precision.FP32, Precision.FP32)
+    spec = TierSpec(name, size, size, 0, Precision.FP32, Precision.FP32)
     tier = Tier(*(Tokens(jnp.swapaxes(finite(x), 1, 2)) for x in (keys, values)))
-    return Segment(tier, spec, jnp.zeros_like(count), count, base)
+    return Segment(tier, spec, low, high, base)
+
+
+def seen_singly(config: KvCacheConfig, part: Segment, ends: jax.Array) -> Segment:
+    """A segment as queries of tokens not yet appended see it had they come one by one, each making
+    the row end at `ends` [B, T]: without what had been evicted by then."""
+    if part.spec.name == "sinks" or (part.base is not None and part.spec.length <= config.room):
+        return part
+    first = ends - config.room
+    if part.base is not None:
+        first = first - part.base[:, None]
+    low = jnp.maximum(part.low[:, None], first)
+    return part.seen((low, jnp.broadcast_to(part.high[:, None], low.shape)))

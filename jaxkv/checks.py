@@ -124,6 +124,14 @@ def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None)
     return jnp.broadcast_to(jnp.asarray(given, jnp.int32), (batch,))
 
 
+def check_either(lengths: Any, valid: Any) -> None:
+    """`lengths` and `valid` say the same thing, so only one of them may be given."""
+    if lengths is not None and valid is not None:
+        raise ValueError(
+            "lengths and valid are both given: valid says which tokens count, and so how many"
+        )
+
+
 def in_range(lengths: jax.Array, size: int, exists: jax.Array | bool = True) -> jax.Array:
     """Lengths [B], 0 for rows whose length is none of 0 .. size, as only compiled code can meet;
     and for all rows of a layer that does not exist."""

@@ -65,6 +65,7 @@ class KvCacheConfig:
       migration: when tokens leave a tier.
       window: the default `window` of attention: queries see this many of the newest positions, and
         the sinks.
+      window_sinks: the default `window_sinks`: whether sinks are seen through a window.
       rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots
         in every ring).
     """
@@ -85,6 +86,7 @@ class KvCacheConfig:
     migration: Migration = Migration.EAGER
     rewind_length: int = 0
     window: int | None = None
+    window_sinks: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tail_precision", "store_precision", "warm_precision"):
@@ -182,9 +184,9 @@ class KvCacheConfig:
         if spec is None or spec.group_size is not None:
             return spec
         largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
-        divisors = (size for size in range(largest, 0, -1) if self.head_dim % size == 0)
         return dataclasses.replace(
-            spec, group_size=32 if spec.axis == "channel" else next(divisors)
+            spec,
+            group_size=32 if spec.axis == "channel" else _group_size(self.head_dim, largest),
         )
 
 
@@ -194,6 +196,15 @@ _DEFAULT_SPECS = {
     Precision.Q4K: QuantSpec(4, rotate=True, align=True, two_level=True),
     Precision.Q2: QuantSpec(2, rotate=True, align=True),
 }
+
+
+def _group_size(head_dim: int, largest: int) -> int:
+    """The largest divisor of `head_dim` up to `largest`; where that is less than a quarter of it
+    (101 has but 1), the smallest one beyond."""
+    divisors = [size for size in range(1, head_dim + 1) if head_dim % size == 0]
+    up_to = max(size for size in divisors if size <= largest)
+    beyond = [size for size in divisors if size > largest]
+    return beyond[0] if 4 * up_to < largest and beyond else up_to
 
 
 def _as_enum(kind: type[Any], name: str, value: Any) -> Any:
@@ -212,10 +223,6 @@ def _check_sizes(config: KvCacheConfig) -> None:
         object.__setattr__(config, name, value)
     if config.window is not None:
         object.__setattr__(config, "window", as_int("window", config.window, least=1))
-    if config.head_dim % 8:
-        raise ValueError(
-            f"head_dim={config.head_dim}: must be a multiple of 8; pad the heads with zeros"
-        )
     least = config.tail_length + config.warm_length + config.sink_tokens
     if config.max_tokens < least:
         raise ValueError(

@@ -17,13 +17,14 @@ from jaxkv.status import Status, flagged
 
 
 def evict(state: CacheState, count: ArrayLike) -> CacheState:
-    """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay.
+    """Drops the `count` (int or [B]) oldest tokens of every row, in all layers. Sinks stay, and so
+    do layers of a stack that hold nothing at all.
 
     Raises:
       ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
         `Status.EVICT_TOO_MANY` or `Status.OUT_OF_RANGE`.
     """
-    given = as_counts("count", count, state.batch_size, None)
+    given = _of_layers(state, as_counts("count", count, state.batch_size, None))
     begin, upper = state.begin, ring.chain_end(state.config, state.end)
     refused = _refused("count", given, upper - begin, state)
     begin = jnp.where(refused, begin, begin + given)
@@ -35,8 +36,8 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
 
 
 def rewind(state: CacheState, count: ArrayLike) -> CacheState:
-    """Drops the `count` (int or [B]) newest tokens of every row, in all layers (speculative
-    decoding). Stored codes stay as they are.
+    """Drops the `count` (int or [B]) newest tokens of every row, in all layers that hold any
+    (speculative decoding). Stored codes stay as they are.
 
     Up to `config.rewind_length` below the highest position reached, the result is as if the tokens
     had never been appended: the tail is full again and tokens that they evicted are back. Beyond,
@@ -49,6 +50,7 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
         `Status.REWIND_CUTS_GROUP`.
     """
     config, given = state.config, as_counts("count", count, state.batch_size, None)
+    given = _of_layers(state, given)
     begin, upper = state.begin, ring.chain_end(config, state.end)
     most = jnp.where(begin > config.sink_tokens, upper - begin, state.end)
     out_of_range = _refused("count", given, most, state)
@@ -70,6 +72,14 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
         lost=jnp.where(refused[..., None], state.lost, kept - config.sink_tokens),
         refused=status,
     )
+
+
+def _of_layers(state: CacheState, count: jax.Array) -> jax.Array:
+    """How many tokens each layer drops: none where it holds nothing and others do, as layers that
+    look at another one's cache."""
+    if state.num_layers is None:
+        return count
+    return jnp.where((state.end == 0) & (state.end > 0).any(0), 0, count)
 
 
 def _reachable(config: KvCacheConfig, end: jax.Array, kept: jax.Array) -> jax.Array:

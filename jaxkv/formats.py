@@ -48,7 +48,8 @@ class QuantSpec:
       group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's
         head (a divisor of `head_dim`), or `num_kv_heads * head_dim` for one group per token over
         all heads, as in the original. `axis="channel"`: consecutive tokens of one channel (KIVI).
-        None: the largest divisor of `head_dim` up to 64 (8 bits: 128, two-level: 32), or 32 tokens.
+        None: the largest divisor of `head_dim` up to 64 (8 bits: 128, two-level: 32; the next one
+        where there is none within a quarter of that), or 32 tokens.
       axis: "token" or "channel".
       symmetric: no zero point; codes are centred on zero.
       rotate: a Hadamard transform along the head dim before quantizing (QuaRot, llama.cpp). Queries

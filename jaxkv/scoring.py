@@ -32,17 +32,22 @@ class Scoring:
         token held. A `mask` only ever hides: tokens that see each other both ways, such as those of
         an image within a prompt, need `causal=False` and a mask that says the rest of causality.
       window: a query sees the newest `window` positions up to its own, and the sinks besides
-        (StreamingLLM).
-      soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2).
+        (StreamingLLM). An int, a traced scalar, or one per row or query: [B], [B, 1] or [B, T]
+        (Llama 4's chunks: `position % chunk + 1`).
+      window_sinks: False: a window hides sinks too, as local layers beside global ones want it.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2). May be traced, too; one
+        that is not positive and finite caps nothing.
       decay: rate, or rates [N]: `-rate * age` is added, age in tokens (ALiBi).
       bias: [B or 1, N or 1, T, P] float, added to the scores of position p < P; 0 beyond P.
       mask: [B or 1, N or 1, T, P] bool, True where position p may be seen; positions beyond P may.
+        Bias and mask come without the axis N, too.
       sink_logits: [N] learned logits that join the softmax's denominator (gpt-oss).
     """
 
     scale: ArrayLike = 1.0
     causal: bool = True
-    window: ArrayLike | None = None
+    window: Any = None  # int, or int32 scalar or [B or 1, T or 1]
+    window_sinks: bool = True
     soft_cap: ArrayLike | None = None
     decay: ArrayLike | None = None
     bias: jax.Array | None = None
@@ -57,10 +62,12 @@ class Scoring:
         """
         if not isinstance(self.causal, (bool, np.bool_)):
             raise ValueError(f"causal={self.causal!r}: must be True or False, and not traced")
+        if not isinstance(self.window_sinks, (bool, np.bool_)):
+            raise ValueError(f"window_sinks={self.window_sinks!r}: must be True or False")
         return dataclasses.replace(
             self,
             scale=_as_numbers("scale", self.scale, ((), (heads,)), "a scalar or [N]"),
-            window=_checked_window(self.window),
+            window=_checked_window(self.window, batch, queries),
             soft_cap=_positive(_as_numbers("soft_cap", self.soft_cap, ((),), "a scalar")),
             decay=_as_numbers("decay", self.decay, ((), (heads,)), "a scalar or [N]"),
             sink_logits=_as_numbers("sink_logits", self.sink_logits, ((heads,),), "[N]"),
@@ -84,9 +91,9 @@ class Scoring:
         """The last position that queries at [B, T] (-1: none) may see and, sinks aside, the first
         (None: any), both [B, T]."""
         upto = query if self.causal else jnp.where(query >= 0, EVERY, -1)
-        return upto, None if self.window is None else query - jnp.asarray(
-            self.window, jnp.int32
-        ) + 1
+        if self.window is None:
+            return upto, None
+        return upto, query - jnp.asarray(self.window, jnp.int32) + 1
 
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
         """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool
@@ -105,7 +112,9 @@ class Scoring:
         heads = scores.shape[1:3]
         if self.soft_cap is not None:
             cap = jnp.asarray(self.soft_cap, jnp.float32)
-            scores = cap * jnp.tanh(scores / cap)
+            caps = (cap > 0) & (cap < jnp.inf)
+            cap = jnp.where(caps, cap, 1.0)
+            scores = jnp.where(caps, cap * jnp.tanh(scores / cap), scores)
         if self.decay is not None:
             rates = jnp.broadcast_to(
                 jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)
@@ -122,23 +131,42 @@ class Scoring:
 
     def padded(self, count: int) -> Scoring:
         """The options with `count` more queries, about which bias and mask say nothing."""
-        return self._with_tables(lambda table: jnp.pad(table, [(0, 0), (0, 0), (0, count), (0, 0)]))
+        return self._with_tables(
+            lambda table, axis: jnp.pad(
+                table, [(0, count if i == axis else 0) for i in range(table.ndim)]
+            )
+        )
 
     def block(self, start: jax.Array, size: int) -> Scoring:
         """The options for queries [start, start + size) only."""
-        return self._with_tables(lambda table: lax.dynamic_slice_in_dim(table, start, size, 2))
+        return self._with_tables(
+            lambda table, axis: lax.dynamic_slice_in_dim(table, start, size, axis)
+        )
+
+    def reordered(self, reorder: Callable[[jax.Array, int], jax.Array]) -> Scoring:
+        """The options of queries in another order, that of the first two axes of [B, ..., T, ...]:
+        `reorder` is told the axis of T."""
+        return self._with_tables(reorder)
 
     def row(self, row: jax.Array | None) -> Scoring:
         """The options for one row of the batch only; None: for all."""
         if row is None:
             return self
-        return self._with_tables(
-            lambda table: table if len(table) == 1 else lax.dynamic_slice_in_dim(table, row, 1)
-        )
 
-    def _with_tables(self, change: Callable[[jax.Array], jax.Array]) -> Scoring:
-        bias, mask = (table if table is None else change(table) for table in (self.bias, self.mask))
-        return dataclasses.replace(self, bias=bias, mask=mask)
+        def of_row(table: jax.Array) -> jax.Array:
+            return table if len(table) == 1 else lax.dynamic_slice_in_dim(table, row, 1)
+
+        window = of_row(self.window) if np.ndim(self.window) else self.window
+        bias, mask = (x if x is None else of_row(x) for x in (self.bias, self.mask))
+        return dataclasses.replace(self, bias=bias, mask=mask, window=window)
+
+    def _with_tables(self, change: Callable[[jax.Array, int], jax.Array]) -> Scoring:
+        """The options with what they say of each query changed; `change` is told its axis."""
+        bias, mask = (x if x is None else change(x, 2) for x in (self.bias, self.mask))
+        window = self.window
+        if np.ndim(window) and np.shape(window)[1] > 1:
+            window = change(window, 1)
+        return dataclasses.replace(self, bias=bias, mask=mask, window=window)
 
     def sink_partial(self, shape: tuple[int, ...]) -> Partial:
         """The learned logits as a Partial [B, K, G * T] of a token whose value is zero; without
@@ -177,8 +205,9 @@ def _positive(cap: Any) -> Any:
     return cap
 
 
-def _checked_window(window: Any) -> Any:
-    """A window in tokens. One that is traced and below 1 shows nothing but the sinks."""
+def _checked_window(window: Any, batch: int, queries: int) -> Any:
+    """A window in tokens, an int, a traced scalar or [B or 1, T or 1]. One that is traced and below
+    1 shows nothing but the sinks."""
     if window is None:
         return None
     array = window if isinstance(window, jax.Array) else np.asarray(window)
@@ -186,7 +215,15 @@ def _checked_window(window: Any) -> Any:
         raise ValueError(f"window={window!r}: must be an int, or ints, of at least 1 token")
     if is_concrete(array) and (np.asarray(array) < 1).any():
         raise ValueError(f"window={np.asarray(array).tolist()}: must be at least 1 token")
-    return int(array) if isinstance(array, (np.ndarray, np.generic)) and array.ndim == 0 else array
+    if array.ndim == 0:
+        return array if isinstance(array, jax.Array) else int(array)
+    array = array[:, None] if array.shape == (batch,) else array
+    if array.ndim != 2 or array.shape[0] not in (1, batch) or array.shape[1] not in (1, queries):
+        raise ValueError(
+            f"window has shape {array.shape}: must be a scalar, [B], [B, 1] or [B, T] with "
+            f"B={batch}, T={queries}"
+        )
+    return jnp.asarray(array, jnp.int32)
 
 
 def _as_table(name: str, given: Any, batch: int, heads: int, queries: int) -> Any:
@@ -194,13 +231,14 @@ def _as_table(name: str, given: Any, batch: int, heads: int, queries: int) -> An
     if given is None:
         return None
     array = given if isinstance(given, jax.Array) else np.asarray(given)
+    array = array[:, None] if array.ndim == 3 else array
     wanted = ((1, batch), (1, heads), (queries,))
     if array.ndim != 4 or any(
         size not in sizes for size, sizes in zip(array.shape, wanted, strict=False)
     ):
         raise ValueError(
-            f"{name} has shape {array.shape}: must be [B or 1, N or 1, T, P] with B={batch}, "
-            f"N={heads}, T={queries}"
+            f"{name} has shape {array.shape}: must be [B or 1, N or 1, T, P] or [B or 1, T, P] "
+            f"with B={batch}, N={heads}, T={queries}"
         )
     if name == "mask" and array.dtype != jnp.bool_:
         raise ValueError(f"mask.dtype={array.dtype}: must be bool; pass numbers as `bias`")

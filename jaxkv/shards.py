@@ -24,7 +24,14 @@ from jax.typing import ArrayLike
 
 from jaxkv import drop, softmax, update
 from jaxkv import state as whole
-from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
+from jaxkv.attend import (
+    check_room,
+    finish,
+    over_segments,
+    raw_segments,
+    scoring_of,
+    seen_singly,
+)
 from jaxkv.checks import as_counts, as_layer, check_new_tokens, check_query, in_range
 from jaxkv.config import KvCacheConfig
 from jaxkv.kernels.dispatch import Implementation
@@ -158,7 +165,14 @@ def attend(
         end - count if options.get("causal", True) else jnp.maximum(end - count, 0)
     )  # more queries than tokens see all of these
     attention = _Attention.of(deal, query, first, count, scale, options)
-    return attention.merged([attention.over(segments(deal.cache, layer), layer)], return_lse)
+    causal, size = attention.scoring.causal, attention.query.shape[1]
+    check_room(deal.cache.config, attention.scoring, size, deal.parts)
+
+    def held(position: jax.Array) -> list[Segment]:
+        as_of = deal.below(position + 1) if causal and size > 1 else None
+        return segments(deal.cache, layer, as_of)
+
+    return attention.merged([attention.over(held, layer)], return_lse)
 
 
 def prefill(
@@ -182,12 +196,18 @@ def prefill(
     )
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
-    raw = raw_segment(deal.own(keys, end), deal.own(values, end), stop - first, first)
+    config = deal.cache.config
+    new = raw_segments(config, deal.own(keys, end), deal.own(values, end), stop - first, first)
     attention = _Attention.of(deal, query, end, count, scale, options)
-    return after, attention.merged(
-        [attention.over(segments(deal.cache, layer), layer), attention.over([raw], None)],
-        return_lse,
-    )
+
+    def seen(parts: list[Segment]) -> Callable[[jax.Array], list[Segment]]:
+        return lambda at: [seen_singly(config, part, deal.below(at + 1)) for part in parts]
+
+    partials = [
+        attention.over(seen(segments(deal.cache, layer)), layer),
+        attention.over(seen(new), None),
+    ]
+    return after, attention.merged(partials, return_lse)
 
 
 def evict(shards: Shards, count: ArrayLike) -> Shards:
@@ -311,11 +331,11 @@ class _Attention:
             _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal),
         )
 
-    def over(self, parts: list[Segment], layer: Index) -> Partial:
+    def over(self, parts: Callable[[jax.Array], list[Segment]], layer: Index) -> Partial:
         """Over segments of this device."""
         # The GPU kernel takes positions as they are; dealt out, they are for `_Dealt` to interpret.
         implementation: Implementation = "xla" if self.deal.parts > 1 else None
-        sink_tokens = self.deal.cache.config.sink_tokens
+        sink_tokens = self.deal.cache.config.sink_tokens if self.scoring.window_sinks else 0
         return over_segments(
             parts, self.query, self.position, self.scoring, sink_tokens, layer, implementation
         )

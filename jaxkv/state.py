@@ -184,6 +184,15 @@ class Segment:
     low: jax.Array
     high: jax.Array
     base: jax.Array | None = None  # [B]: added to a position here to make it the row's own
+    # [B, T] each: what each query finds here, where that is not the same for all of them
+    span: tuple[jax.Array, jax.Array] | None = None
+
+    def seen(self, span: tuple[jax.Array, jax.Array]) -> Segment:
+        """The segment of queries that find [low, high) here, [B, T] each; of an empty range, as
+        queries without a position have it, nothing."""
+        low, high = span
+        least = jnp.where(low < high, low, self.high[:, None]).min(1)
+        return dataclasses.replace(self, low=jnp.minimum(self.low, least), span=span)
 
     def codes_only(self) -> Segment:
         """The same codes without their basis, for kernels: they multiply codes, and know nothing of
@@ -198,17 +207,29 @@ class Segment:
         return dataclasses.replace(self, tier=Tier(keys, values), spec=spec)
 
 
-def segments(state: CacheState, layer: Index = None) -> list[Segment]:
-    """Where the tokens held are: the sinks, if any, and the tiers of the chain."""
+def segments(
+    state: CacheState, layer: Index = None, as_of: jax.Array | None = None
+) -> list[Segment]:
+    """Where the tokens held are: the sinks, if any, and the tiers of the chain.
+
+    `as_of` [B, T], ends at or below the present one: each of T queries finds in every tier what was
+    there when the row ended so, as far as the rings still have it (up to `rewind_length` tokens
+    back: all of it).
+    """
     config = state.config
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
-    lows = ring.starts(config, end, kept)
+
+    def boundaries(end: jax.Array, kept: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        lows = ring.starts(config, end, kept)
+        return list(zip(lows, ring.uppers(config, end, lows), strict=True))
+
     found = [
-        Segment(tier, spec, low, high)
-        for tier, spec, low, high in zip(
-            state.tiers, config.chain, lows, ring.uppers(config, end, lows), strict=True
-        )
+        Segment(tier, spec, *bounds)
+        for tier, spec, bounds in zip(state.tiers, config.chain, boundaries(end, kept), strict=True)
     ]
+    if as_of is not None:
+        spans = boundaries(as_of, kept[:, None])
+        found = [part.seen(span) for part, span in zip(found, spans, strict=True)]
     if state.sinks is None:
         return found
     return [

@@ -1,4 +1,4 @@
-"""The writers: append, prefill, migrate. Each gives a new state.
+"""The writers: append, migrate. Each gives a new state.
 
 An append writes the new tokens to the first tier, then hands from tier to tier what is due there:
 the positions between a boundary's old and new place, quantized where they arrive. Donate the state
@@ -8,24 +8,23 @@ the positions between a boundary's old and new place, quantized where they arriv
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkv import ring
-from jaxkv.attend import finish, over_segments, raw_segment, scoring_of
 from jaxkv.checks import (
     as_counts,
     as_layer,
+    check_either,
     check_new_tokens,
-    check_query,
     in_range,
 )
 from jaxkv.kernels import dispatch
 from jaxkv.migration import Arrival, Passage, store, take_in
-from jaxkv.state import CacheState, segments
+from jaxkv.padding import Padding
+from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import entry
 from jaxkv.tiers.tokens import Index
@@ -37,6 +36,7 @@ def append(
     values: jax.Array,
     lengths: ArrayLike | None = None,
     *,
+    valid: ArrayLike | None = None,
     layer: Index = None,
     implementation: dispatch.Implementation = None,
 ) -> CacheState:
@@ -54,6 +54,8 @@ def append(
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
         None: all. Inside jit, a row whose length is none of these stays as it was and gets
         `Status.OUT_OF_RANGE`.
+      valid: [B, T] bool instead of lengths, where padding may stand anywhere: only the tokens that
+        are True enter, in their order.
       layer: which layer, an int or a traced scalar; required where the state has layers. A traced
         layer that the state does not have gets no tokens, and `Status.OUT_OF_RANGE` is set in the
         layer nearest to it.
@@ -69,6 +71,10 @@ def append(
     keys, values = check_new_tokens(
         keys, values, state.batch_size, config.num_kv_heads, config.head_dim
     )
+    if valid is not None:
+        padding = Padding.of(valid, *keys.shape[:2])
+        check_either(lengths, valid)
+        keys, values, lengths = *map(padding.together, (keys, values)), padding.lengths
     given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
     count = in_range(given, keys.shape[1], exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
@@ -102,65 +108,6 @@ def _changed(
     bits |= entry.changes(values, state.config.largest, count)
     old = state.changed
     return old | bits if layer is None else old.at[layer].set(old[layer] | bits)
-
-
-def prefill(
-    state: CacheState,
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    lengths: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    layer: Index = None,
-    return_lse: bool = False,
-    implementation: dispatch.Implementation = None,
-    **options: Any,
-) -> tuple[CacheState, Any]:
-    """Attention of a prompt over its own raw keys and values and all that the cache held, then
-    `append`.
-
-    Args:
-      query: [B, T, N, H]; keys, values: [B, T, K, H]; lengths: [B], valid tokens of each row.
-      **options: as for `attend`.
-
-    Returns:
-      The new state, and what `attend` returns: causal, exact on the prompt, zeros for queries
-      beyond `lengths`.
-    """
-    config = state.config
-    asked, (layer, exists) = layer, as_layer(layer, state.num_layers)
-    query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
-    keys, values = check_new_tokens(
-        keys, values, state.batch_size, config.num_kv_heads, config.head_dim, query.shape[1]
-    )
-    scoring = scoring_of(config, query, scale, options)
-    given = as_counts("lengths", lengths, state.batch_size, query.shape[1])
-    count = in_range(given, query.shape[1], exists)
-    end = state.end if layer is None else state.end[layer]
-    index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    position = jnp.where(index < count[:, None], end[:, None] + index, -1)
-    held = over_segments(
-        segments(state, layer), query, position, scoring, config.sink_tokens, layer, implementation
-    )
-    new = over_segments(
-        [raw_segment(keys, values, count, end)],
-        query,
-        position,
-        scoring,
-        config.sink_tokens,
-        None,
-        implementation,
-    )
-    out = finish([held, new], scoring, query, return_lse)
-    return append(
-        state,
-        keys,
-        values,
-        None if lengths is None else given,
-        layer=asked,
-        implementation=implementation,
-    ), out
 
 
 def _at(state: CacheState, layer: Index, end: jax.Array, kept: jax.Array) -> CacheState:

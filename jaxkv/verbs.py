@@ -9,8 +9,12 @@ from typing import Any, TypeVar, cast
 
 from jaxkv import batch, drop, state, update
 from jaxkv.attend import attend as attend_state
+from jaxkv.drafts import keep as keep_state
+from jaxkv.extend import extend as extend_state
+from jaxkv.extend import prefill as prefill_state
 from jaxkv.models import verbs
 from jaxkv.models.layers import Layers
+from jaxkv.padding import positions as positions_state
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -30,7 +34,8 @@ def _either(of_state: Verb, of_layers: Callable[..., Any]) -> Verb:
 
 append = _either(update.append, verbs.append)
 attend = _either(attend_state, verbs.attend)
-prefill = _either(update.prefill, verbs.prefill)
+extend = _either(extend_state, verbs.extend)
+prefill = _either(prefill_state, verbs.prefill)
 gather = _either(state.gather, verbs.gather)
 evict = _either(drop.evict, verbs.evict)
 rewind = _either(drop.rewind, verbs.rewind)
@@ -38,4 +43,6 @@ clear = _either(drop.clear, verbs.clear)
 take_rows = _either(batch.take_rows, verbs.take_rows)
 concatenate = _either(batch.concatenate, verbs.concatenate)
 replace_rows = _either(batch.replace_rows, verbs.replace_rows)
+keep = _either(keep_state, verbs.keep)
+positions = _either(positions_state, verbs.positions)
 stats = _either(state.stats, verbs.stats)

@@ -143,22 +143,32 @@ def assert_like_reference(state: CacheState, twin: ReferenceState) -> None:
             assert_within(norms(pair - expected[position]), bounds[position])
 
 
+def as_of(state: CacheState, count: Any) -> CacheState:
+    """The state as it was `count` [B] tokens ago, as far as its rings still have it; to look at."""
+    return dataclasses.replace(state, end=np.maximum(state.end - np.maximum(count, 0), 0))
+
+
 def exact_attention(
     state: CacheState,
     query: Array,
     lengths: Any = None,
     raw: Sequence[dict[int, Array]] | None = None,
 ) -> tuple[Array, Array]:
-    """Attention in float64 over what `gather` gives, and `raw` tokens after it; and the rounding
-    allowed [B, T, 1, 1]."""
-    contents, out, bound = gather(state), np.zeros(query.shape), np.zeros((*query.shape[:2], 1, 1))
-    for b, length in enumerate(
-        np.broadcast_to(query.shape[1] if lengths is None else lengths, len(query))
-    ):
-        new = {} if raw is None else raw[b]
-        visible, end = held(contents, b) | new, int(state.end[b]) + len(new)
-        for t in range(length):
-            pairs = np.array([pair for p, pair in visible.items() if p <= end - length + t])
+    """Attention in float64 over what `gather` gives as of each query's own token, or of `raw`
+    tokens after it; and the rounding allowed [B, T, 1, 1]."""
+    out, bound = np.zeros(query.shape), np.zeros((*query.shape[:2], 1, 1))
+    lengths = np.broadcast_to(query.shape[1] if lengths is None else lengths, len(query))
+    room, sinks = state.config.room, state.config.sink_tokens
+    contents = gather(state)
+    for t in range(query.shape[1]):
+        contents = contents if raw else gather(as_of(state, lengths - 1 - t))
+        for b, length in enumerate(lengths):
+            if t >= length:
+                continue
+            new = raw[b] if raw else {}
+            visible, end = held(contents, b) | new, int(state.end[b]) + len(new) - length + t + 1
+            seen = range(end) if not raw else {*range(end - room, end), *range(min(sinks, end))}
+            pairs = np.array([pair for p, pair in visible.items() if p in seen])
             out[b, t] = reference.exact_attention(query[b, t], pairs)
             bound[b, t] = attention_bound(query[b, t], pairs)
     return out, bound

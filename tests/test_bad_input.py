@@ -51,8 +51,6 @@ def refused(message: str) -> Any:
         ({"warm_length": -2}, "warm_length=-2: must be an int of at least 0"),
         ({"rewind_length": -1}, "rewind_length=-1: must be an int of at least 0"),
         ({"window": 0}, "window=0: must be an int of at least 1"),
-        ({"head_dim": 12}, "head_dim=12: must be a multiple of 8; pad"),
-        ({"head_dim": 7}, "head_dim=7: must be a multiple of 8; pad"),
         ({"max_tokens": 3}, "max_tokens=3 cannot hold tail_length=4 .* raise it to 4"),
         (
             {"warm_length": 9, "sink_tokens": 4},

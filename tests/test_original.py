@@ -3,9 +3,6 @@
 Not compared, because wrong or simplified there: `tail_bytes` (4 bytes an element whatever the
 precision), stored values where they are not the keys (quantized with the keys' scale), attention of
 several heads (added into one softmax).
-
-Its heads of 4 are written twice over, as heads of 8, the least that a tier takes: range, scale and,
-with a query filled up with zeros, scores stay what they are.
 """
 
 from __future__ import annotations
@@ -49,34 +46,25 @@ def plain_ranges() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How flat tokens of the original's heads are written for a tier."""
+    """The original's heads, whose tokens are flat."""
 
     num: int
     dim: int
 
-    @property
-    def copies(self) -> int:
-        return max(1, 8 // self.dim)
-
     def tokens(self, flat: list[float]) -> np.ndarray:
-        return np.tile(np.reshape(np.float32(flat), (-1, self.num, self.dim)), self.copies)
+        return np.reshape(np.float32(flat), (-1, self.num, self.dim))
 
     def query(self, flat: list[float]) -> np.ndarray:
-        query = np.reshape(np.float32(flat), (self.num, self.dim))
-        return np.pad(query, [(0, 0), (0, self.dim * (self.copies - 1))])
-
-    def back(self, x: np.ndarray) -> np.ndarray:
-        return x[..., : self.dim]
+        return np.reshape(np.float32(flat), (self.num, self.dim))
 
 
 def two_tier(config: dict[str, Any], heads: Heads) -> TwoTierKvCache:
     spec = QuantSpec(
         8 if config["store_precision"] == "q8" else 4,
-        group_size=heads.num * heads.dim * heads.copies,
+        group_size=heads.num * heads.dim,
     )
-    sizes = {**config, "head_dim": heads.dim * heads.copies}
     return TwoTierKvCache(
-        KvCacheConfig(**sizes, tail_precision=Precision.FP32, key_quant=spec, value_quant=spec)
+        KvCacheConfig(**config, tail_precision=Precision.FP32, key_quant=spec, value_quant=spec)
     )
 
 
@@ -132,10 +120,7 @@ class Replay:
         count = 1 if self.script["seed"] % 3 else len(pair[0])
         for start in range(0, len(pair[0]), count):
             self.cache.append(*(x[start : start + count] for x in pair))
-        self.raw = [
-            np.concatenate([old, self.heads.back(new)])
-            for old, new in zip(self.raw, pair, strict=True)
-        ]
+        self.raw = [np.concatenate([old, new]) for old, new in zip(self.raw, pair, strict=True)]
 
     def clear(self, op: dict[str, Any]) -> None:
         self.cache.clear()
@@ -150,7 +135,7 @@ class Replay:
         """Our keys and values [T, K, H], the raw ones, and how many of them are stored."""
         stats, ours = self.cache.stats(), self.cache.get_all_kv()
         raw = [x[len(x) - stats.total_tokens :] for x in self.raw]
-        return [self.heads.back(x) for x in ours], raw, stats.store_tokens
+        return list(ours), raw, stats.store_tokens
 
     def kv(self, op: dict[str, Any]) -> None:
         ours, raw, stored = self.held()
@@ -164,7 +149,7 @@ class Replay:
         ours, raw, stored = self.held()
         if self.heads.num > 1 or (stored and not self.alike):
             return
-        out = self.heads.back(self.cache.attend(self.heads.query(op["query"]), op["scale"]))[0]
+        out = self.cache.attend(self.heads.query(op["query"]), op["scale"])[0]
         wanted = np.float32(op["result"])
         if len(raw[0]):
             # What 16-bit scales and ties change in the tokens, they change in the output.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CODE_UNIT, Array, attention_bound
+from laws import as_of
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Precision, reference
@@ -211,6 +212,22 @@ def queries(size: int = T) -> Array:
     return np.random.default_rng(9).normal(size=(B, size, N, H)).astype(np.float32)
 
 
+def dense_as_of(case: Filled, query: Array, given: dict[str, Any]) -> tuple[Array, Array, Array]:
+    """`dense` over what the cache held as of each query's own token."""
+    found = []
+    for t in range(query.shape[1]):
+        back = LENGTHS - 1 - t if given.get("causal", True) else 0
+        contents = (np.asarray(x) for x in gather(as_of(case.state, back)))
+        sinks = case.state.config.sink_tokens
+        found.append(dense(*contents, query, case.queries_at, sinks, given))
+    out, lse, bound = zip(*found, strict=True)
+    every = range(query.shape[1])
+    return tuple(  # type: ignore[return-value]
+        np.stack([x[t].take(t, axis=axis) for t in every], axis=axis)
+        for x, axis in ((out, 1), (lse, 1), (bound, 1))
+    )
+
+
 def check(name: str, given: dict[str, Any], config: KvCacheConfig | None = None) -> None:
     """`attend` with options on a filled cache against the dense oracle, over what `gather`
     gives."""
@@ -224,13 +241,10 @@ def check(name: str, given: dict[str, Any], config: KvCacheConfig | None = None)
             state, query, lengths=LENGTHS, **traced
         )
     )
-    keys, values, positions = (np.asarray(x) for x in gather(case.state))
     oracle = (
         given if config is None or config.window is None else {"window": config.window, **given}
     )
-    expected, expected_lse, bound = dense(
-        keys, values, positions, query, case.queries_at, case.state.config.sink_tokens, oracle
-    )
+    expected, expected_lse, bound = dense_as_of(case, query, oracle)
     assert (np.abs(out - expected) <= bound[..., None, None]).all()
     np.testing.assert_array_equal(np.isinf(lse), np.isinf(expected_lse))
     finite = np.isfinite(lse)

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs codes [..., H] (int32, 0 .. 2**bits - 1) into int8 words [..., H * bits // 8]."""
+    """Packs codes [..., H] (int32, 0 .. 2**bits - 1) into int8 words [..., ceil(H * bits / 8)]; the
+    last ones are filled up with zeros."""
     count = 8 // bits
+    lacking = -codes.shape[-1] % count
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, lacking)]) if lacking else codes
     *low, top = jnp.split(codes, count, axis=-1)
     word = (top - 2 ** (bits - 1)) << (bits * (count - 1))
     for index, part in enumerate(low):
@@ -36,7 +39,8 @@ def split(words: jax.Array, bits: int) -> list[tuple[jax.Array, float]]:
 
 
 def unpack(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `pack`: codes [..., H] int32."""
+    """The inverse of `pack`: codes [..., W * 8 // bits] int32, with what filled up the last
+    words."""
     count = 8 // bits
     wide = words.astype(jnp.int32)
     low = [(wide >> (bits * i)) & (2**bits - 1) for i in range(count - 1)]

@@ -181,13 +181,22 @@ def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Arra
 
 def dequantize(spec: QuantSpec, q: Quantized) -> jax.Array:
     """The tokens [B, T, K, H] float32 that the codes stand for, still rotated and centred."""
-    codes = unpack(q.codes, spec.bits).astype(jnp.float32)
+    codes = unpack(q.codes, spec.bits)[..., : _head_dim(spec, q)].astype(jnp.float32)
     groups, axis = _grouped(spec, codes)
     scale, zero_point = widened(q)
     zero_point = full_zero_point(spec.bits, scale, zero_point)
     return (groups * jnp.expand_dims(scale, axis) + jnp.expand_dims(zero_point, axis)).reshape(
         codes.shape
     )
+
+
+def _head_dim(spec: QuantSpec, q: Quantized) -> int | None:
+    """The elements of a head, of which `pack` may have made more."""
+    assert q.scale is not None
+    if spec.axis == "channel":
+        return q.scale.shape[-1]
+    heads, groups = q.codes.shape[-2], q.scale.shape[-2] * q.scale.shape[-1]
+    return None if spec.group_size is None else spec.group_size * groups // heads
 
 
 def _grouped(spec: QuantSpec, x: jax.Array) -> tuple[jax.Array, int]:

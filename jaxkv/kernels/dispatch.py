@@ -67,7 +67,7 @@ def partial_attention(
         from jaxkv.kernels import pallas_gpu
 
         return pallas_gpu.partial_attention(
-            part, query, unit, limits(position, scoring, sink_tokens, query), layer
+            part, query, unit, limits(position, scoring, sink_tokens, query, part), layer
         )
 
     if implementation == "xla":
@@ -94,12 +94,25 @@ def check_implementation(implementation: Any) -> None:
         )
 
 
-def limits(position: jax.Array, scoring: Scoring, sink_tokens: int, query: jax.Array) -> Limits:
-    """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T]."""
+def limits(
+    position: jax.Array,
+    scoring: Scoring,
+    sink_tokens: int,
+    query: jax.Array,
+    part: Segment | None = None,
+) -> Limits:
+    """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T], and what each of them
+    finds in the segment."""
     from jaxkv.kernels.pallas_gpu import Limits
 
-    each = jnp.tile(position, (1, query.shape[2] // position.shape[1]))
-    return Limits(*scoring.bounds(each), sink_tokens)
+    upto, since = scoring.bounds(position)
+    if part is not None and part.span is not None:  # there are no sinks in such a segment
+        low, high = (x if part.base is None else x + part.base[:, None] for x in part.span)
+        upto = jnp.minimum(upto, high - 1)
+        since, sink_tokens = low if since is None else jnp.maximum(since, low), 0
+    groups = query.shape[2] // position.shape[1]
+    since = since if since is None else jnp.tile(since, (1, groups))
+    return Limits(jnp.tile(upto, (1, groups)), since, sink_tokens)
 
 
 def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
@@ -108,6 +121,8 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         return "it knows causality, windows and sink logits, not soft_cap, decay, bias or mask"
     if head_dim > MOST_HEAD_DIM:
         return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
+    if head_dim % 8:
+        return f"head_dim={head_dim} is no multiple of 8"
     for held, fmt in ((part.tier.keys, part.spec.key), (part.tier.values, part.spec.value)):
         arrays = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
         unknown = [

@@ -125,11 +125,18 @@ class _Coded:
 
     @property
     def words(self) -> int:
-        return self.head_dim // self.spec.codes_per_byte
+        return -(-self.head_dim // self.spec.codes_per_byte)
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
-        """[..., H] in pieces of `words`, as the codes are packed."""
+        """[..., H] in pieces of `words`, as the codes are packed; zeros for what fills up the last
+        words."""
+        lacking = self.words * self.spec.codes_per_byte - self.head_dim
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacking)]) if lacking else x
         return jnp.split(x, self.spec.codes_per_byte, axis=-1)
+
+    def joined(self, parts: list[jax.Array]) -> jax.Array:
+        """The inverse of `parts`."""
+        return jnp.concatenate(parts, axis=-1)[..., : self.head_dim]
 
     def codes(self, block: Tokens) -> list[tuple[jax.Array, float]]:
         """A block's codes [B, K, S, W] part by part, with their weights (see `codec.split`)."""
@@ -140,7 +147,7 @@ class _Coded:
         """[..., H] times what the codes of each element lack: those of the last part are short of
         half their range (see `codec`)."""
         return jnp.where(
-            jnp.arange(self.head_dim) >= self.head_dim - self.words,
+            jnp.arange(self.head_dim) >= self.words * (self.spec.codes_per_byte - 1),
             x * 2.0 ** (self.spec.bits - 1),
             0,
         )
@@ -167,15 +174,17 @@ class TokenGroups(_Coded):
         return self.head_dim // self.group
 
     def groups_of(self, part: int) -> range:
-        """The groups that a part of a word touches."""
-        return range(
-            part * self.words // self.group, ((part + 1) * self.words - 1) // self.group + 1
-        )
+        """The groups that a part of a word touches; what fills up the last words counts as the last
+        one's."""
+        first, last = part * self.words, (part + 1) * self.words - 1
+        most = self.num_groups - 1
+        return range(min(first // self.group, most), min(last // self.group, most) + 1)
 
     def inside(self, part: int) -> jax.Array:
         """Which words of a part belong to which of its groups, [n, 1, W] bool."""
         element = part * self.words + jnp.arange(self.words)
-        return element // self.group == jnp.array(self.groups_of(part))[:, None, None]
+        group = jnp.minimum(element // self.group, self.num_groups - 1)
+        return group == jnp.array(self.groups_of(part))[:, None, None]
 
     def query(self, query: jax.Array) -> Any:
         fixed, unit = digits.of_signed(query)
@@ -231,7 +240,7 @@ class TokenGroups(_Coded):
         zero_point, scale = (
             jnp.repeat(x, self.group, axis=-1) for x in jnp.split(sums[..., 1:], 2, axis=-1)
         )
-        return jnp.concatenate(parts, axis=-1) + zero_point + self.lacking(scale), sums[..., 0]
+        return self.joined(parts) + zero_point + self.lacking(scale), sums[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +283,7 @@ class ChannelGroups(_Coded):
             summed = digits.dot(fixed, self.by_group(codes), -2) * part_scale[:, :, :, None]
             out.append((summed * unit).sum(2) * weight)
         rest = _dot(totals, zero_point + self.lacking(scale), -2)
-        return jnp.concatenate(out, axis=-1) + rest, totals.sum(-1, keepdims=True)
+        return self.joined(out) + rest, totals.sum(-1, keepdims=True)
 
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]:
         return total[0], total[1][..., 0]

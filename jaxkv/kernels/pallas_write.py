@@ -34,12 +34,13 @@ def refusal(fmt: Format, heads: int, head_dim: int) -> str | None:
         return f"it quantizes tokens one by one, not {fmt}"
     together = heads if _spans_heads(fmt, head_dim) else 1
     if (
-        head_dim & (head_dim - 1)
+        head_dim % 8
+        or head_dim & (head_dim - 1)
         or together & (together - 1)
         or together * head_dim > MOST_ELEMENTS
     ):
         return (
-            f"{together} heads of {head_dim} together are no powers of two, "
+            f"{together} heads of {head_dim} together are no powers of two of at least 8, "
             f"or more than {MOST_ELEMENTS} elements"
         )
     return None

@@ -83,8 +83,9 @@ def partial_attention(
 
     def of_row(row: jax.Array) -> Partial:
         base = None if part.base is None else only(part.base, row)
+        span = part.span and (only(part.span[0], row), only(part.span[1], row))
         own = dataclasses.replace(
-            part, low=only(part.low, row), high=only(part.high, row), base=base
+            part, low=only(part.low, row), high=only(part.high, row), base=base, span=span
         )
         query_, unit_, newest_ = (only(x, row) for x in (query, unit, newest))
         found = _attend(own, sides, query_, unit_, visible, adjust, newest_, layer, row)
@@ -125,6 +126,9 @@ def _attend(
         valid = (position >= part.low[:, None]) & (slot >= index * size)
         own = position if part.base is None else position + part.base[:, None]
         seen = visible(own, row) & valid[:, None]
+        if part.span is not None:
+            low, high = (bound[..., None] for bound in part.span)
+            seen &= (position[:, None] >= low) & (position[:, None] < high)
         scores = bounded(key.scores(operand, keys.at(start, size, layer, row)) * unit)
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)

@@ -13,8 +13,11 @@ from jax.typing import ArrayLike
 from jaxkv import batch, drop, state, update
 from jaxkv.attend import attend as attend_state
 from jaxkv.checks import as_counts, in_range
+from jaxkv.drafts import keep as keep_state
+from jaxkv.extend import extend as extend_state
 from jaxkv.models.layers import Layer, Layers, check_own, keepers
 from jaxkv.models.spec import Kind, LayerSpec
+from jaxkv.padding import positions as positions_state
 from jaxkv.state import CacheState, KvCacheStats
 
 # One layer.
@@ -56,24 +59,45 @@ def attend(
     return attend_state(held, query, lengths=lengths, layer=index, **options)
 
 
+def extend(
+    layers: Layers,
+    query: jax.Array,
+    keys: jax.Array | None,
+    values: jax.Array | None,
+    valid: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    layer: Layer,
+    **options: Any,
+) -> tuple[Layers, Any]:
+    """`jaxkv.extend` of a layer, scored as its spec says; one that keeps nothing takes no keys."""
+    spec, stack, index = layers.find(layer)
+    held, size = layers.stacks[stack], query.shape[1]
+    start = held.end[index]
+    if keys is not None or values is not None:
+        _check_keeps(layer, spec)
+    elif valid is not None:
+        start = start - jnp.asarray(valid).sum(1, dtype=jnp.int32)
+    else:
+        start = start - in_range(as_counts("lengths", lengths, layers.batch_size, size), size)
+    options = _options(spec, scale, options, start, query, valid)
+    new, out = extend_state(
+        held, query, keys, values, valid, lengths=lengths, layer=index, **options
+    )
+    return layers.with_stack(stack, new), out
+
+
 def prefill(
     layers: Layers,
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     lengths: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    layer: Layer,
     **options: Any,
 ) -> tuple[Layers, Any]:
     """`jaxkv.prefill` of a layer that keeps a cache, scored as its spec says."""
-    spec, stack, index = layers.find(layer)
-    _check_keeps(layer, spec)
-    held = layers.stacks[stack]
-    options = _options(spec, scale, options, held.end[index], query)
-    new, out = update.prefill(held, query, keys, values, lengths, layer=index, **options)
-    return layers.with_stack(stack, new), out
+    return extend(layers, query, keys, values, lengths=lengths, **options)
 
 
 def gather(layers: Layers, *, layer: Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -162,6 +186,19 @@ def rewind(layers: Layers, count: ArrayLike, own: Mapping[int, Any] | None = Non
         return dataclasses.replace(new, **moved)
 
     return dataclasses.replace(layers, stacks=tuple(settled(old, new) for old, new in pairs))
+
+
+def keep(layers: Layers, indices: ArrayLike, of: ArrayLike) -> Layers:
+    """`jaxkv.keep` in all layers; those with states of their own kind cannot go back so."""
+    if any(held is not None for held in layers.own):
+        raise ValueError("keep: states of the layers' own kind cannot be taken back; use rewind")
+    stacks = tuple(keep_state(held, indices, of) for held in layers.stacks)
+    return dataclasses.replace(layers, stacks=stacks)
+
+
+def positions(layers: Layers, size: int, valid: ArrayLike | None = None) -> jax.Array:
+    """`jaxkv.positions` of a model's next tokens."""
+    return positions_state(layers.stacks[0], size, valid)
 
 
 def clear(

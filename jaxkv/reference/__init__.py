@@ -7,7 +7,14 @@ the first position whose data is still there. All the rest is derived from these
 and return a new one.
 """
 
-from jaxkv.reference.attention import Options, attend, attention_and_lse, exact_attention, prefill
+from jaxkv.reference.attention import (
+    Options,
+    attend,
+    attention_and_lse,
+    exact_attention,
+    extend,
+    prefill,
+)
 from jaxkv.reference.cache import (
     ReferenceState,
     Row,
@@ -19,6 +26,7 @@ from jaxkv.reference.cache import (
     gather,
     held,
     init,
+    keep,
     migrate,
     rewind,
     take_rows,
@@ -48,11 +56,13 @@ __all__ = [
     "counts",
     "evict",
     "exact_attention",
+    "extend",
     "first_positions",
     "from_groups",
     "gather",
     "held",
     "init",
+    "keep",
     "migrate",
     "mirror_of",
     "prefill",

@@ -20,17 +20,23 @@ class Options:
     positions."""
 
     causal: bool = True
-    window: int | None = None
+    window: ArrayLike | None = None  # scalar, [B], [B, 1] or [B, T]
+    window_sinks: bool = True
     soft_cap: float | None = None
     decay: ArrayLike | None = None  # scalar or [N]
     bias: Array | None = None  # [B or 1, N or 1, T, P]
     mask: Array | None = None  # the same
     sink_logits: ArrayLike | None = None  # [N]
 
-    def sees(self, query: int, key: int, sink_tokens: int) -> bool:
-        """Whether a query at position `query` may look at position `key`."""
-        is_new_enough = self.window is None or key > query - self.window or key < sink_tokens
-        return (key <= query or not self.causal) and is_new_enough
+    def sees(self, row: int, t: int, query: int, key: int, sink_tokens: int) -> bool:
+        """Whether query t of a row, at position `query`, may look at position `key`."""
+        if key > query and self.causal:
+            return False
+        if self.window is None or (key < sink_tokens and self.window_sinks):
+            return True
+        window = np.atleast_2d(np.asarray(self.window))
+        window = window.T if np.ndim(self.window) == 1 else window
+        return bool(key > query - window[min(row, len(window) - 1), min(t, window.shape[1] - 1)])
 
     def added(self, row: int, t: int, query: int, keys: Sequence[int], num_heads: int) -> Array:
         """What is added to the scores [N, S] of query t of a row, at position `query`, with the
@@ -105,8 +111,8 @@ def attend(
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
-    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what is held
-    there; as `jaxkv.attend`."""
+    """Query t [B, T, N, H] of row b stands at position `end - lengths[b] + t` and sees what was
+    held when the row ended there, as far as it is still there; as `jaxkv.attend`."""
     found = _attend(state, query, [{}] * len(state.rows), scale, lengths, options)
     return found if return_lse else found[0]
 
@@ -122,7 +128,12 @@ def prefill(
     return_lse: bool = False,
     **options: Any,
 ) -> tuple[ReferenceState, Any]:
-    """Attends over what was held and the raw new keys and values, causally; then appends these."""
+    """Attends over what was held and the raw new keys and values, causally; then appends these.
+    One token is appended first, and attends to itself as it is held."""
+    if query.shape[1] == 1:
+        state = append(state, keys, values, lengths)
+        found = attend(state, query, scale, lengths, return_lse=return_lse, **options)
+        return state, found
     raw = [
         dict(enumerate(finite(np.stack([k, v], axis=1)[:length], LARGEST), row.end))
         for row, k, v, length in zip(
@@ -131,6 +142,49 @@ def prefill(
     ]
     found = _attend(state, query, raw, scale, lengths, options)
     return append(state, keys, values, lengths), found if return_lse else found[0]
+
+
+def extend(
+    state: ReferenceState,
+    query: Array,
+    keys: Array,
+    values: Array,
+    valid: Array,
+    scale: float | None = None,
+    **options: Any,
+) -> tuple[ReferenceState, Array]:
+    """`prefill` of the tokens where `valid` [B, T] is True; zeros elsewhere. Masks and windows come
+    in the caller's order, too."""
+    out, (batch, size) = np.zeros(query.shape), valid.shape
+    order = np.argsort(~valid, axis=1, kind="stable")
+
+    def front(x: Array, axis: int = 1) -> Array:
+        x = np.broadcast_to(x, (batch, *x.shape[1:]))
+        shape = [size if i == axis else batch if i == 0 else 1 for i in range(x.ndim)]
+        return np.take_along_axis(x, order.reshape(shape), axis)
+
+    for name, axis in (("mask", 2), ("bias", 2), ("window", 1)):
+        if options.get(name) is not None and np.ndim(options[name]) > axis:
+            options[name] = front(options[name], axis)
+    state, found = prefill(
+        state, front(query), front(keys), front(values), valid.sum(1), scale, **options
+    )
+    for b in range(batch):
+        out[b, order[b]] = found[b]
+    return state, out
+
+
+def _visible(
+    state: ReferenceState, row: int, raw: dict[int, Array], position: int, causal: bool
+) -> dict[int, Array]:
+    """What a query at `position` finds: of `raw` tokens and those held before these what had not
+    been evicted by then; without raw ones what was held then."""
+    config = state.config
+    if not raw:
+        return held(state, row, max(position + 1, 0) if causal else None)
+    begin = position + 1 - config.room
+    every = held(state, row) | raw
+    return {p: pair for p, pair in every.items() if p >= begin or p < config.sink_tokens}
 
 
 def _attend(
@@ -142,15 +196,18 @@ def _attend(
     given: dict[str, Any],
 ) -> tuple[Array, Array]:
     config, out, lse = state.config, np.zeros(query.shape), np.zeros(query.shape[:3])
-    options = Options(**{**given, "window": given.get("window") or config.window})
+    defaults = {"window": config.window, "window_sinks": config.window_sinks}
+    options = Options(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
     for b, (row, length) in enumerate(
         zip(state.rows, per_row(state, lengths, query.shape[1]), strict=True)
     ):
-        visible = held(state, b) | raw[b]
         for t in range(query.shape[1]):
             position = row.end + len(raw[b]) - length + t
+            visible = _visible(state, b, raw[b], position, options.causal)
             seen = [
-                p for p in visible if t < length and options.sees(position, p, config.sink_tokens)
+                p
+                for p in visible
+                if t < length and options.sees(b, t, position, p, config.sink_tokens)
             ]
             added = options.added(b, t, position, seen, query.shape[2])
             out[b, t], lse[b, t] = attention_and_lse(

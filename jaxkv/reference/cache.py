@@ -45,11 +45,11 @@ def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
     )
 
 
-def _starts(config: KvCacheConfig, row: Row) -> list[int]:
+def _starts(config: KvCacheConfig, row: Row, end: int | None = None) -> list[int]:
     """Each tier's first position: tier i holds [starts[i], starts[i - 1]), the first tier up to the
-    end."""
+    end (or as of an earlier `end`)."""
     last = len(config.chain) - 1
-    above = max(row.end, config.sink_tokens)
+    above = max(row.end if end is None else end, config.sink_tokens)
     begin = min(above, max(above - config.room, row.kept[last]))  # what comes before it is evicted
     starts = []
     for i, tier in enumerate(config.chain):
@@ -119,9 +119,11 @@ def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
     return range(row.kept[tier] + skip, row.kept[tier] + size)
 
 
-def held(state: ReferenceState, row: int) -> dict[int, Array]:
-    """Key and value [2, K, H] of every token that a row holds, by position, oldest first."""
-    tokens, starts = state.rows[row].tokens, _starts(state.config, state.rows[row])
+def held(state: ReferenceState, row: int, end: int | None = None) -> dict[int, Array]:
+    """Key and value [2, K, H] of every token that a row holds, by position, oldest first; or of
+    what it held when it ended at an earlier `end`, as far as that is still there."""
+    tokens = state.rows[row].tokens[:end]
+    starts = _starts(state.config, state.rows[row], end)
     found = {
         position: tokens[position][1]
         for position in range(min(len(tokens), state.config.sink_tokens))
@@ -187,6 +189,21 @@ def rewind(state: ReferenceState, count: ArrayLike) -> ReferenceState:
         for i, start in enumerate(_starts(config, row)):
             for token in row.tokens[start:]:
                 del token[i + 2 :]  # it is in tier i again and will enter the next one anew
+    return state
+
+
+def keep(state: ReferenceState, indices: Array, of: ArrayLike) -> ReferenceState:
+    """Of the newest `of` tokens keeps those at `indices` [B, n]; -1: none."""
+    newest = [
+        [row.tokens[row.end - number + i][1] for i in chosen if i >= 0]
+        for row, chosen, number in zip(state.rows, indices, per_row(state, of), strict=True)
+    ]
+    state = rewind(state, of)
+    for t in range(indices.shape[1]):
+        nothing = np.zeros_like(state.rows[0].mirrors[0])
+        pairs = np.stack([row[t] if t < len(row) else nothing for row in newest])
+        lengths = [int(t < len(row)) for row in newest]
+        state = append(state, pairs[:, None, 0], pairs[:, None, 1], lengths)
     return state
 
 
