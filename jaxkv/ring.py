@@ -15,6 +15,9 @@ import numpy as np
 
 from jaxkv.config import KvCacheConfig
 
+MOST = jnp.iinfo(jnp.int32).max - 1
+"""The largest end of a row: positions beyond are none (and `scoring.EVERY` is this one)."""
+
 
 def chain_end(config: KvCacheConfig, end: jax.Array) -> jax.Array:
     """The end of the chain: `end`, but never inside the sinks."""

@@ -246,13 +246,14 @@ def stats(state: CacheState) -> KvCacheStats:
     bytes_of = dict.fromkeys(tokens_of, jnp.zeros(()))
     for part in segments(state):
         tokens_of[part.spec.name] = part.high - part.low
-        bytes_of[part.spec.name] = (part.high - part.low).sum() * bytes_per_token(
-            state.config, part.spec
-        )
+        held = (part.high - part.low).astype(jnp.float32)  # int32 would not hold their sum
+        bytes_of[part.spec.name] = held.sum() * bytes_per_token(state.config, part.spec)
     total = sum(tokens_of.values(), jnp.zeros_like(state.end))
     tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]
-    fp16 = total.sum() * (2.0 * 2 * state.config.num_kv_heads * state.config.head_dim)
-    ratio = jnp.where(total.sum() > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
+    fp16 = total.astype(jnp.float32).sum() * (
+        2.0 * 2 * state.config.num_kv_heads * state.config.head_dim
+    )
+    ratio = jnp.where(fp16 > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
     return KvCacheStats(
         total,
         tokens_of["hot"],

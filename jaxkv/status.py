@@ -23,6 +23,7 @@ class Status(enum.IntFlag):
     OUT_OF_RANGE = 8  # a negative count, or a length beyond the tokens given
     SATURATED = 16  # finite, but larger than `KvCacheConfig.largest`
     NOT_FINITE = 32  # NaN or infinite
+    OUT_OF_POSITIONS = 64  # a position beyond `ring.MOST`, as int32 counts them
 
 
 def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None) -> jax.Array:

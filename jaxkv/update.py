@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkv import ring
@@ -20,6 +21,7 @@ from jaxkv.checks import (
     check_either,
     check_new_tokens,
     in_range,
+    is_concrete,
 )
 from jaxkv.kernels import dispatch
 from jaxkv.migration import Arrival, Passage, store, take_in
@@ -64,7 +66,8 @@ def append(
 
     Raises:
       ValueError: wrong shapes or dtypes, lengths out of range (where concrete), a missing or
-        surplus layer.
+        surplus layer, positions beyond int32 (inside jit such a row stays as it was and gets
+        `Status.OUT_OF_POSITIONS`).
     """
     config = state.config
     layer, exists = as_layer(layer, state.num_layers)
@@ -78,6 +81,8 @@ def append(
     given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
     count = in_range(given, keys.shape[1], exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
+    beyond = _beyond(end, count)
+    count = jnp.where(beyond, 0, count)
     changed = _changed(state, keys, values, count, layer)
     keys, values = (entry.finite(x, config.largest) for x in (keys, values))
     low, new_end = ring.starts(config, end, kept), end + count
@@ -89,15 +94,24 @@ def append(
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    refused = (
-        state.refused
-        if lengths is None and exists is True
-        else flagged(state.refused, given != count, Status.OUT_OF_RANGE, layer)
-    )
+    refused = flagged(state.refused, beyond, Status.OUT_OF_POSITIONS, layer)
+    if lengths is not None or exists is not True:
+        refused = flagged(refused, (given != count) & ~beyond, Status.OUT_OF_RANGE, layer)
     moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, refused=refused, changed=changed)
     return _at(
         moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))
     )
+
+
+def _beyond(end: jax.Array, count: jax.Array) -> jax.Array:
+    """Rows [B] whose positions would leave int32; raises if that can be seen now."""
+    beyond = count > ring.MOST - end
+    if is_concrete(beyond) and bool(np.any(beyond)):
+        raise ValueError(
+            f"rows end at {np.asarray(end).tolist()}: {int(np.max(count))} more tokens would pass "
+            f"the last position, {ring.MOST - 1}; clear the row, or start a new one"
+        )
+    return beyond
 
 
 def _changed(
