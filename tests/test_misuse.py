@@ -187,7 +187,7 @@ def test_numpy_ints_are_ints(state: CacheState) -> None:
         ({"sink_logits": np.ones(N, bool)}, "sink_logits has .* dtype bool: must be"),
         ({"causal": 1}, "causal=1: must be True or False"),
         ({"mask": np.ones((B, 1, 2, 9))}, "mask.dtype=float64: must be bool; pass numbers as"),
-        ({"mask": np.ones((B, 2, 9), bool)}, r"mask has shape \(3, 2, 9\): must be \[B or 1, "),
+        ({"mask": np.ones((2, 9), bool)}, r"mask has shape \(2, 9\): must be \[B or 1, "),
         ({"bias": np.ones((B, 1, 2, 9), bool)}, "bias.dtype=bool: must be numbers; pass bools as"),
         ({"bias": np.ones((B, 1, 3, 9))}, r"bias has shape .*: must be .* N=4, T=2"),
     ],
