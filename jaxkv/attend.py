@@ -21,7 +21,8 @@ from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
 from jaxkv.tiers.entry import finite
-from jaxkv.tiers.tokens import Index, Tokens, basis_of, only
+from jaxkv.tiers.place import Index
+from jaxkv.tiers.tokens import Tokens, basis_of, only
 
 QUERY_BLOCK = 128
 """Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""

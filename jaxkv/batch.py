@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv.checks import check_rows, is_concrete
@@ -57,9 +58,20 @@ def replace_rows(state: CacheState, rows: ArrayLike, new: CacheState) -> CacheSt
         raise ValueError(
             f"rows={np.asarray(given).tolist()}: each row can be replaced once; leave out repeats"
         )
-    target = jnp.where(given < 0, state.batch_size, given)
-    lead = (slice(None),) * _row_axis(state)
-    return jax.tree.map(lambda old, row: old.at[(*lead, target)].set(row, mode="drop"), state, new)
+    known = jnp.asarray((given >= 0) & (given < state.batch_size))
+    target, axis = jnp.where(known, given, 0).astype(jnp.int32), _row_axis(state)
+
+    def put(index: jax.Array, state: CacheState) -> CacheState:
+        def into(old: jax.Array, rows: jax.Array) -> jax.Array:
+            row = lax.dynamic_slice_in_dim(rows, index, 1, axis)
+            kept = lax.dynamic_slice_in_dim(old, target[index], 1, axis)
+            row = jnp.where(known[index], row, kept)
+            return lax.dynamic_update_slice_in_dim(old, row, target[index], axis)
+
+        return jax.tree.map(into, state, new)
+
+    found: CacheState = lax.fori_loop(0, new.batch_size, put, state)
+    return found
 
 
 def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:

@@ -18,7 +18,8 @@ from jaxkv.kernels import dispatch
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.state import Tier
 from jaxkv.tiers import tokens
-from jaxkv.tiers.tokens import Index, Tokens
+from jaxkv.tiers.place import Index, Run
+from jaxkv.tiers.tokens import Tokens
 
 ALIGN_TOKENS = 128
 """Tokens whose mean sets an aligning tier's basis (16 give most of it; KL 0.0020 against
@@ -113,6 +114,7 @@ class Arrival:
     base: jax.Array  # [B] int32, as are first and stop
     first: jax.Array
     stop: jax.Array
+    whole: bool = False  # all of them are written
 
     @property
     def size(self) -> int:
@@ -127,15 +129,34 @@ def store(
     tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index, implementation: Implementation
 ) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
-    position = _positions(arrival.base, arrival.size)
-    lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)[:, None]
-    slots = ring.slot_of(position, spec.offset, spec.capacity)
-    slots = jnp.where(
-        (position >= lasting) & (position < arrival.stop[:, None]), slots, spec.capacity
+    lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)
+    whole = arrival.whole and arrival.size <= spec.capacity
+    if arrival.size > spec.capacity:
+        arrival = _from(arrival, lasting - arrival.base, spec.capacity)
+    base = arrival.base
+    run = Run(
+        ring.slot_of(base, spec.offset, spec.capacity),
+        lasting - base,
+        arrival.stop - base,
+        arrival.size,
+        spec.capacity,
+        whole,
     )
-    keys = dispatch.write(tier.keys, spec.key, arrival.keys, slots, layer, implementation)
+    keys = dispatch.write(tier.keys, spec.key, arrival.keys, run, layer, implementation)
     return Tier(
-        keys, dispatch.write(tier.values, spec.value, arrival.values, slots, layer, implementation)
+        keys, dispatch.write(tier.values, spec.value, arrival.values, run, layer, implementation)
+    )
+
+
+def _from(arrival: Arrival, index: jax.Array, size: int) -> Arrival:
+    """`size` of an arrival's tokens, from number `index` [B] on where there are as many."""
+    index = index.clip(0, arrival.size - size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, size))(x, index)
+
+    return dataclasses.replace(
+        arrival, keys=cut(arrival.keys), values=cut(arrival.values), base=arrival.base + index
     )
 
 

@@ -40,7 +40,7 @@ from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
 from jaxkv.status import Status, flagged
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 from jaxkv.trees import node
 
 

@@ -18,7 +18,8 @@ from jaxkv.formats import Format, QuantSpec, plain
 from jaxkv.summary import summary
 from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
-from jaxkv.tiers.tokens import Index, Tokens
+from jaxkv.tiers.place import Index
+from jaxkv.tiers.tokens import Tokens
 from jaxkv.trees import node
 
 

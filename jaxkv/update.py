@@ -29,7 +29,7 @@ from jaxkv.padding import Padding
 from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import entry
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 
 
 def append(
@@ -88,7 +88,8 @@ def append(
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end)
+    whole = lengths is None and exists is True and not config.sink_tokens
+    new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
     tiers = take_in(config, state.tiers, new, Passage(kept, low, new_low), layer, implementation)
     sinks = state.sinks
     if sinks is not None:

@@ -18,7 +18,8 @@ from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec
 from jaxkv.codec import rotation
 from jaxkv.kernels import dispatch, pallas_write
 from jaxkv.tiers import tokens
-from jaxkv.tiers.tokens import Index, Tokens
+from jaxkv.tiers.place import Index, Run
+from jaxkv.tiers.tokens import Tokens
 
 HEADS, CAPACITY, NUM_NEW = 4, 12, 5
 SPECS = {
@@ -61,15 +62,18 @@ def test_stores_the_same_bits(name: str, layer: Index, rng: np.random.Generator)
         * 10.0 ** rng.integers(-3, 3, (2, NUM_NEW, HEADS, 1)),
         jnp.float32,
     )
-    slots = jnp.asarray([[3, 4, 11, CAPACITY, 0], [CAPACITY, 7, CAPACITY, 2, CAPACITY]], jnp.int32)
+    start, first, stop = (
+        jnp.asarray(x, jnp.int32) for x in ((CAPACITY - 2, 3), (0, 1), (NUM_NEW, NUM_NEW - 1))
+    )
+    run = Run(start, first, stop, NUM_NEW, CAPACITY)
 
     def portable(full: Tokens, new: jax.Array) -> Tokens:
         return tokens.write(
-            full, spec, tokens.encode(tokens.basis_of(full, spec, layer), new), slots, layer
+            full, spec, tokens.encode(tokens.basis_of(full, spec, layer), new), run, layer
         )
 
     def kernel(full: Tokens, new: jax.Array) -> Tokens:
-        return pallas_write.write(full, spec, new, slots, layer, interpret=True)
+        return pallas_write.write(full, spec, new, run, layer, interpret=True)
 
     assert pallas_write.refusal(spec, HEADS, 64) is None
     expected = jax.jit(portable)(full, new)
@@ -103,7 +107,7 @@ def test_a_cache_written_by_the_kernel_is_the_same(
     )
     new = jnp.asarray(rng.normal(size=(2, 60, 2, 32)), jnp.float32)
 
-    def run() -> jaxkv.CacheState:
+    def appended_all() -> jaxkv.CacheState:
         append, state = jax.jit(lambda *args: jaxkv.append(*args)), jaxkv.init(config, 2)
         for start, size in ((0, 20), *((20 + i, 1) for i in range(30)), (50, 10)):
             state = append(
@@ -114,20 +118,20 @@ def test_a_cache_written_by_the_kernel_is_the_same(
             )
         return state
 
-    expected, calls = run(), []
+    expected, calls = appended_all(), []
 
     def interpreted(
-        held: Tokens, fmt: Any, new: jax.Array, slots: jax.Array, layer: Index, implementation: Any
+        held: Tokens, fmt: Any, new: jax.Array, run: Run, layer: Index, implementation: Any
     ) -> Tokens:
         if pallas_write.refusal(fmt, *new.shape[2:]):
             return tokens.write(
-                held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer
+                held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), run, layer
             )
         calls.append(fmt)
-        return pallas_write.write(held, fmt, new, slots, layer, interpret=True)
+        return pallas_write.write(held, fmt, new, run, layer, interpret=True)
 
     monkeypatch.setattr(dispatch, "write", interpreted)
-    chex.assert_trees_all_equal(run(), expected)
+    chex.assert_trees_all_equal(appended_all(), expected)
     assert {spec.bits for spec in calls} == {4, 8}
 
 

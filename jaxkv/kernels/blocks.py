@@ -10,21 +10,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.formats import Format, channel_group
-from jaxkv.tiers.tokens import SCALES, Index, Tokens
+from jaxkv.kernels import platform
+from jaxkv.tiers.place import Index
+from jaxkv.tiers.tokens import SCALES, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Keys or values, `flat`: what an array has of its slots in one last axis, and axes of a single
-    element left out.
+    """Keys or values, as `arrays` whose shape costs nothing to cut from.
 
-    XLA:CPU copies an array of the shape [1, B, 1, S, W] to flatten it, or to carry it around a
-    loop.
+    In linear memory what an array has of its slots is one last axis, and axes of a single element
+    are left out: XLA:CPU copies an array of the shape [1, B, 1, S, W] to flatten it, or to carry it
+    around a loop. In tiled memory the slots stay an axis: another shape of the last two is a copy.
     """
 
     tokens: Tokens
     fmt: Format
-    flat: dict[str, jax.Array]
+    arrays: dict[str, jax.Array]
+    flat: bool
 
     @classmethod
     def of(cls, tokens: Tokens, fmt: Format) -> Blocks:
@@ -33,25 +36,27 @@ class Blocks:
             for name in ("data", *SCALES)
             if (array := getattr(tokens, name)) is not None
         }
-        flat = {
-            name: a.reshape(*(n for n in _before_slots(name, fmt, a) if n > 1), -1)
-            for name, a in held.items()
-        }
-        return cls(tokens, fmt, flat)
+        flat = not platform.is_tiled()
+        for name, array in held.items():
+            lead = _before_slots(name, fmt, array)
+            tail = (-1,) if flat else array.shape[len(lead) :]
+            held[name] = array.reshape(*(n for n in lead if n > 1), *tail)
+        return cls(tokens, fmt, held, flat)
 
     def at(self, start: jax.Array, size: int, layer: Index, row: Index = None) -> Tokens:
         """The slots [start, start + size) of one layer, still encoded, `data` [B, K, size * W]; of
         one row where one is named. `start` and `size` are multiples of a channel group.
         """
-        return Tokens(**{name: self._cut(name, start, size, layer, row) for name in self.flat})
+        return Tokens(**{name: self._cut(name, start, size, layer, row) for name in self.arrays})
 
     def _cut(self, name: str, start: jax.Array, size: int, layer: Index, row: Index) -> jax.Array:
-        array: jax.Array = getattr(self.tokens, name)
+        whole, array = getattr(self.tokens, name), self.arrays[name]
         lead, group = (
-            _before_slots(name, self.fmt, array),
+            _before_slots(name, self.fmt, whole),
             channel_group(self.fmt) if name in SCALES else 1,
         )
-        width = math.prod(array.shape[len(lead) + 1 :])  # elements of a slot, or of a group of them
+        tail = whole.shape[len(lead) + 1 :]  # of a slot, or of a group of them
+        width = math.prod(tail)
         picked = [*([] if layer is None else [layer]), row, *[None] * len(lead)][: len(lead)]
         sizes = [n if at is None else 1 for n, at in zip(lead, picked, strict=True)]
         axes = [
@@ -59,10 +64,11 @@ class Blocks:
             for n, at, length in zip(lead, picked, sizes, strict=True)
             if n > 1
         ]
-        starts, lengths = [jnp.int32(at) for at, _ in axes], [length for _, length in axes]
-        found = lax.dynamic_slice(
-            self.flat[name], [*starts, start // group * width], [*lengths, size // group * width]
-        )
+        ends = [(start // group * width, size // group * width)]
+        if not self.flat:
+            ends = [(start // group, size // group), *((0, n) for n in tail)]
+        starts, lengths = zip(*axes, *ends, strict=True)
+        found = lax.dynamic_slice(array, [jnp.int32(at) for at in starts], lengths)
         return found.reshape(*sizes[layer is not None :], *((-1, width) if group > 1 else (-1,)))
 
 

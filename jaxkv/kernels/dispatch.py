@@ -21,7 +21,8 @@ from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment
 from jaxkv.tiers import tokens
-from jaxkv.tiers.tokens import Index, Tokens
+from jaxkv.tiers.place import Index, Run, scatter, windows
+from jaxkv.tiers.tokens import Tokens
 
 if TYPE_CHECKING:
     from jaxkv.kernels.pallas_gpu import Limits
@@ -142,12 +143,11 @@ def write(
     held: Tokens,
     fmt: Format,
     new: jax.Array,
-    slots: jax.Array,
+    run: Run,
     layer: Index,
     implementation: Implementation,
 ) -> Tokens:
-    """Stores tokens [B, T, K, H] in `slots` [B, T] of one side of a tier; a slot outside the ring
-    drops its token.
+    """Stores tokens [B, T, K, H] in the slots of a run of one side of a tier.
 
     By the kernel on NVIDIA GPUs unless `implementation` is "xla"; what it cannot write, XLA does.
     """
@@ -158,20 +158,21 @@ def write(
 
         return pallas_write.refusal(fmt, *new.shape[2:]) or _overflows(held)
 
-    def portable(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
-        return tokens.write(
-            held, fmt, tokens.encode(tokens.basis_of(held, fmt, layer), new), slots, layer
-        )
+    put = windows if platform.is_tiled() else scatter
 
-    def kernel(held: Tokens, new: jax.Array, slots: jax.Array) -> Tokens:
+    def portable(held: Tokens, new: jax.Array) -> Tokens:
+        encoded = tokens.encode(tokens.basis_of(held, fmt, layer), new)
+        return tokens.write(held, fmt, encoded, run, layer, put)
+
+    def kernel(held: Tokens, new: jax.Array) -> Tokens:
         from jaxkv.kernels import pallas_write
 
         assert isinstance(fmt, QuantSpec)
-        return pallas_write.write(held, fmt, new, slots, layer)
+        return pallas_write.write(held, fmt, new, run, layer)
 
     if implementation == "xla" or platform.no_gpu() or refused():
-        return portable(held, new, slots)
-    found: Tokens = lax.platform_dependent(held, new, slots, cuda=kernel, default=portable)
+        return portable(held, new)
+    found: Tokens = lax.platform_dependent(held, new, cuda=kernel, default=portable)
     return found
 
 

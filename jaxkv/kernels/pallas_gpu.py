@@ -34,7 +34,7 @@ from jaxkv.kernels.pallas_codes import padded, side
 from jaxkv.kernels.pallas_kernel import Plan, kernel
 from jaxkv.softmax import Partial
 from jaxkv.state import Segment, Tier
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from jaxkv import codec
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels.pallas_gpu import on_triton
 from jaxkv.tiers.basis import Basis
-from jaxkv.tiers.tokens import SCALES, Index, Tokens, basis_of
+from jaxkv.tiers.place import Index, Run
+from jaxkv.tiers.tokens import SCALES, Tokens, basis_of
 
 MOST_ELEMENTS = 4096  # of a program
 STORED = ("data", *SCALES)
@@ -54,13 +55,13 @@ def write(
     held: Tokens,
     fmt: QuantSpec,
     new: jax.Array,
-    slots: jax.Array,
+    run: Run,
     layer: Index,
     *,
     interpret: bool = False,
 ) -> Tokens:
-    """`tokens.write` of tokens [B, T, K, H] that are still to be quantized; a slot [B, T] outside
-    the ring drops its token."""
+    """`tokens.write` of tokens [B, T, K, H] that are still to be quantized. What is not to be
+    written is masked."""
     (b, t, heads, h), basis = new.shape, basis_of(held, fmt, layer)
     together = heads if _spans_heads(fmt, h) else 1
     names = [name for name in STORED if getattr(held, name) is not None]
@@ -70,7 +71,7 @@ def write(
     }
     where = jnp.concatenate(
         [
-            slots.reshape(-1),
+            jnp.where(run.written, run.slots, run.capacity).reshape(-1),
             jnp.zeros((1,), jnp.int32) if layer is None else jnp.full((1,), layer, jnp.int32),
         ]
     )

@@ -14,6 +14,12 @@ def name() -> str:
     return "gpu" if found == "cuda" else found
 
 
+def is_tiled() -> bool:
+    """Whether memory holds arrays in tiles of their last two axes, so that another shape of the
+    same bytes is a copy, and so is a scatter."""
+    return name() == "tpu"
+
+
 def visits_rows() -> bool:
     """Whether a batch may be taken apart: on CPUs, unless its rows may lie on several devices (only
     manual meshes tell)."""

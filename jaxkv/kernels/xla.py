@@ -12,6 +12,7 @@ together.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.state import Segment
-from jaxkv.tiers.tokens import Index, only
+from jaxkv.tiers.place import WINDOW, Index
+from jaxkv.tiers.tokens import only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)
 """A block has at most so many bytes of codes and so many scores; fewer slots are not worth a
@@ -38,9 +40,12 @@ caches than it gains: at 16k tokens a program that stays on one core takes 6 ms,
 operation uses two takes 8.
 """
 
+TILED = 2**20, 2**18
+"""The bytes and the scores of a block in tiled memory: what is unpacked of it stays on the chip."""
+
 LAUNCHED = 2**24, 2**22
-"""The bytes and the scores of a block everywhere but on CPUs: each of two dozen operations is a
-launch, each turn of the loop a wait."""
+"""The bytes and the scores of a block elsewhere: each of two dozen operations is a launch, each
+turn of the loop a wait."""
 
 Visible = Callable[[jax.Array, Index], jax.Array]
 """positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...]
@@ -164,11 +169,13 @@ def _block_size(part: Segment, query: jax.Array) -> int:
     of_parts = (
         SCORES // 2 if isinstance(key, QuantSpec) and key.bits == 2 else SCORES
     )  # a sum of four products is split sooner
-    bytes_, scores = (TILE_BYTES, of_parts) if platform.name() == "cpu" else LAUNCHED
+    on_cpu, is_tiled = platform.name() == "cpu", platform.is_tiled()
+    bytes_, scores = TILED if is_tiled else (TILE_BYTES, of_parts) if on_cpu else LAUNCHED
     most = max(SLOTS[0], min(bytes_ // tile, max(SLOTS[1], scores // rows)))
     # No more blocks than that makes, and all alike: the last one looks at slots again where it is
     # not full (a fifth of the time at 2,000).
     capacity, unit = part.spec.capacity, part.spec.group if part.spec.group > 1 else 32
+    unit = math.lcm(unit, WINDOW) if is_tiled else unit
     even = -(-capacity // -(-capacity // most))
     return min(capacity, -(-even // unit) * unit)
 

@@ -31,9 +31,8 @@ from jaxkv import codec
 from jaxkv.codec import arithmetic, rotation
 from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
 from jaxkv.tiers.basis import Basis
+from jaxkv.tiers.place import Index, Put, Run, index_of, scatter
 from jaxkv.trees import node
-
-Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
 
 
 @node
@@ -153,41 +152,30 @@ def floats(data: jax.Array) -> jax.Array:
     return data.astype(jnp.float32)
 
 
-def write(tokens: Tokens, fmt: Format, encoded: Encoded, slots: jax.Array, layer: Index) -> Tokens:
-    """Writes encoded tokens into `slots` [B, T]; a slot outside the ring drops its token.
-
-    The rows' own slots make this a scatter, which XLA does in place where a dynamic_update_slice
-    that is read later costs two copies of the whole buffer (openxla/xla#20440).
-    """
+def write(
+    tokens: Tokens, fmt: Format, encoded: Encoded, run: Run, layer: Index, put: Put = scatter
+) -> Tokens:
+    """Writes encoded tokens [B, T, ...] into the slots of a run."""
     if isinstance(encoded, jax.Array):
         encoded = codec.Quantized(encoded, None, None)
-    scale_slots = _scale_slots(fmt, slots)
-
-    def put(old: jax.Array, new: jax.Array | None, at: jax.Array, is_scale: bool) -> jax.Array:
-        assert new is not None
-        if at.size == 1:
-            # XLA takes a scatter of one update for a dynamic_update_slice: one more, to be dropped
-            at, new = (
-                jnp.pad(at, ((0, 0), (0, 1)), constant_values=jnp.iinfo(jnp.int32).max),
-                jnp.concatenate([new, new], axis=1),
-            )
-        return old.at[_scale_place(fmt, at, layer) if is_scale else _data_place(at, layer)].set(
-            new, mode="drop"
-        )
-
+    groups, axis = run.of_groups(channel_group(fmt)), scale_axis(fmt)
     held = {name: array for name in SCALES if (array := getattr(tokens, name)) is not None}
     scales = {
-        name: put(array, getattr(encoded, name), scale_slots, True) for name, array in held.items()
+        name: put(array, getattr(encoded, name), groups, layer, axis)
+        for name, array in held.items()
     }
-    return dataclasses.replace(tokens, data=put(tokens.data, encoded.codes, slots, False), **scales)
+    return dataclasses.replace(
+        tokens, data=put(tokens.data, encoded.codes, run, layer, -2), **scales
+    )
 
 
 def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
     """The tokens [B, T, K, H] float32 in `slots` [B, T]; channel groups must be whole."""
-    data = tokens.data[_data_place(slots, layer)]
+    data = tokens.data[index_of(slots, layer, -2)]
     if tokens.scale is None:
         return floats(data)
-    place = _scale_place(fmt, _scale_slots(fmt, slots), layer)
+    group = channel_group(fmt)
+    place = index_of(slots[:, ::group] // group, layer, scale_axis(fmt))
     arrays = [
         array if array is None else array[place]
         for array in (getattr(tokens, name) for name in SCALES)
@@ -195,27 +183,9 @@ def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Arr
     return decode(basis_of(tokens, fmt, layer), codec.Quantized(data, *arrays))
 
 
-def _data_place(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
-    """Index of [..., B, K, S, W] that gives, or takes, [B, T, K, W]."""
-    return *_leading(slots, layer), slice(None), slots
-
-
-def _scale_slots(fmt: Format, slots: jax.Array) -> jax.Array:
-    """The slots [B, n] of the scales of `slots` [B, T]: one for each channel group, or for each
-    token."""
-    group = channel_group(fmt)
-    return slots[:, ::group] // group
-
-
-def _scale_place(fmt: Format, slots: jax.Array, layer: Index) -> tuple[Any, ...]:
-    if channel_group(fmt) > 1:
-        return _data_place(slots, layer)
-    return *_leading(slots, layer), slice(None), slice(None), slots
-
-
-def _leading(slots: jax.Array, layer: Index) -> tuple[Any, ...]:
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return (rows,) if layer is None else (layer, rows)
+def scale_axis(fmt: Format) -> int:
+    """The axis of the slots, or of groups of them, in a format's scales."""
+    return -2 if channel_group(fmt) > 1 else -1
 
 
 def only(x: jax.Array, row: Index) -> jax.Array:

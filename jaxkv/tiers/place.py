@@ -1,0 +1,138 @@
+"""Where new tokens go in a tier's arrays, and how they are put there.
+
+Both ways write inside the arrays only, and what is not to be written keeps its old value by being
+written back: not every backend drops a write out of bounds (MLX's scatter damages memory).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
+
+WINDOW = 128
+"""Slots of a window: the lanes of a TPU's vector register, so that a window is whole tiles."""
+
+BETWEEN = {-2: 1, -1: 2}
+"""Axes between a row's and its slots', by the axis of the slots: heads, or heads and groups."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The slots of T consecutive tokens, once around a ring at most: token t in slot `(start + t) %
+    capacity`, written where `first <= t < stop`."""
+
+    start: jax.Array  # [B] int32, inside the ring
+    first: jax.Array  # [B]
+    stop: jax.Array  # [B]
+    size: int = dataclasses.field(metadata={"static": True})  # T, at most the capacity
+    capacity: int = dataclasses.field(metadata={"static": True})
+    whole: bool = dataclasses.field(metadata={"static": True}, default=False)  # all are written
+
+    @property
+    def index(self) -> jax.Array:
+        return jnp.arange(self.size, dtype=jnp.int32)[None]
+
+    @property
+    def slots(self) -> jax.Array:
+        """[B, T], no slot twice."""
+        slots = self.start[:, None] + self.index
+        return jnp.where(slots < self.capacity, slots, slots - self.capacity)
+
+    @property
+    def written(self) -> jax.Array:
+        """[B, T] bool."""
+        return (self.index >= self.first[:, None]) & (self.index < self.stop[:, None])
+
+    def of_groups(self, group: int) -> Run:
+        """The same of groups of tokens, which must be whole."""
+        if group == 1:
+            return self
+        start, first, stop = (x // group for x in (self.start, self.first, self.stop))
+        return Run(start, first, stop, self.size // group, self.capacity // group, self.whole)
+
+
+class Put(Protocol):
+    """Tokens `new` [B, T, K, ...] put into `old`, whose axis `axis` < 0 is the slots: [..., B, K,
+    S, W] or [..., B, K, G, S]."""
+
+    def __call__(
+        self, old: jax.Array, new: jax.Array, run: Run, layer: Index, axis: int
+    ) -> jax.Array: ...
+
+
+def scatter(old: jax.Array, new: jax.Array, run: Run, layer: Index, axis: int) -> jax.Array:
+    """For linear memories.
+
+    The rows' own slots make this a scatter, which XLA does in place where a dynamic_update_slice
+    that is read later costs two copies of the whole buffer (openxla/xla#20440).
+    """
+    place = index_of(run.slots, layer, axis)
+    at: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+    if not run.whole:
+        written = run.written.reshape(*run.written.shape, *[1] * (new.ndim - 2))
+        new = jnp.where(written, new, old.at[place].get(**at))
+    if run.slots.size == 1:
+        # XLA takes a scatter of one update for a dynamic_update_slice: the same update twice
+        new, place = jnp.tile(new, (1, 2, 1, 1)), (*place[:-1], jnp.tile(run.slots, (1, 2)))
+    return old.at[place].set(new, **at)
+
+
+def windows(old: jax.Array, new: jax.Array, run: Run, layer: Index, axis: int) -> jax.Array:
+    """For memories in tiles: a window of slots is read, changed and written back, one after the
+    other.
+
+    A scatter makes XLA:TPU turn the whole array into another layout and back. The windows of a run
+    are those of a ring; what belongs in one is cut from the tokens laid around such a ring, too.
+    """
+    size, capacity, length = min(WINDOW, run.capacity), run.capacity, run.size
+    shape = list(old.shape)
+    lead = len(shape) + axis - BETWEEN[axis]  # axes of layer and row
+    shape[:lead] = [1] * lead
+    shape[axis] = size
+    period = min(capacity, length + size)
+    fresh = jnp.moveaxis(new.astype(old.dtype), 1, axis)  # [B, K, T, W] or [B, K, G, T]
+    if length > 1:
+        pad = [(0, 0)] * fresh.ndim
+        pad[axis] = (0, period - length)
+        laid = [jnp.pad(fresh, pad), lax.slice_in_dim(fresh, 0, min(size, length), axis=axis)]
+        pad[axis] = (0, size - min(size, length))
+        fresh = jnp.pad(jnp.concatenate(laid, axis=axis), pad)
+    each = -(-capacity // size)
+    count = 1 if length == 1 else min((length - 2) // size + 3, each)
+
+    def put(turn: jax.Array, old: jax.Array) -> jax.Array:
+        row, window = turn // count, turn % count
+        start = run.start[row]
+        origin = (start // size + window) % each * size
+        if old.shape[axis] % size:
+            origin = jnp.minimum(origin, old.shape[axis] - size)
+        begin = [jnp.int32(0)] * old.ndim
+        begin[lead - 1], begin[axis] = row, origin
+        if layer is not None:
+            begin[0] = jnp.asarray(layer, jnp.int32)
+        slot = origin + lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis)
+        index = jnp.where(slot < start, slot - start + capacity, slot - start)
+        hit = (index >= run.first[row]) & (index < run.stop[row]) & (slot < capacity)
+        own = lax.dynamic_slice_in_dim(fresh, row, 1)
+        if length > 1:
+            offset = (origin - start) % capacity
+            offset = jnp.where(offset < length, offset, offset - capacity + period)
+            own = lax.dynamic_slice_in_dim(own, jnp.maximum(offset, 0), size, axis)
+        kept = lax.dynamic_slice(old, begin, shape)
+        own = own.reshape(*[1] * (lead - 1), *own.shape)
+        return lax.dynamic_update_slice(old, jnp.where(hit, own, kept), begin)
+
+    return lax.fori_loop(0, new.shape[0] * count, put, old)
+
+
+def index_of(slots: jax.Array, layer: Index, axis: int) -> tuple[Any, ...]:
+    """Index of an array whose axis `axis` is the slots that gives, or takes, [B, T, K, ...]."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return *(() if layer is None else (layer,)), rows, *(slice(None),) * BETWEEN[axis], slots
