@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 from typing import Any
 
 from jaxkv.checks import as_int
@@ -30,6 +31,11 @@ class Migration(enum.StrEnum):
 
     EAGER = "eager"
     BATCHED = "batched"
+
+
+LONG_RING, LANES = 2048, 128
+"""Rings of so many slots or more are whole multiples of a TPU vector's lanes: XLA:TPU writes packed
+codes in place only where it can prove that a window of them is aligned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +179,10 @@ class KvCacheConfig:
             isinstance(fmt, QuantSpec) and fmt.align for fmt in (key, value)
         )
         spare = self.rewind_length + learns if is_last else self.step - 1 + max(arrival, rewound)
-        group = max(channel_group(key), channel_group(value))
-        return -(-(length + spare) // group) * group
+        unit = max(channel_group(key), channel_group(value))
+        if length >= LONG_RING:
+            unit = math.lcm(unit, LANES)
+        return -(-(length + spare) // unit) * unit
 
     def _format(self, precision: Precision) -> Format:
         resolved = self._resolve(_DEFAULT_SPECS[precision]) if precision.is_quantized else None

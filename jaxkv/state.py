@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxkv import ring
 from jaxkv.checks import as_int, as_layer
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.devices import copy, settled
 from jaxkv.formats import Format, QuantSpec, plain
+from jaxkv.status import joined
 from jaxkv.summary import summary
 from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
@@ -68,9 +68,7 @@ class CacheState:
     @property
     def status(self) -> jax.Array:
         """Status bits, [B] or [L, B] int32. Sticky: `clear` takes them back."""
-        return self.refused | lax.reduce(
-            self.changed, jnp.int32(0), lax.bitwise_or, [self.changed.ndim - 1]
-        )
+        return self.refused | joined(self.changed, (self.changed.ndim - 1,))
 
     @property
     def batch_size(self) -> int:

@@ -30,3 +30,12 @@ def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None)
     """`status` [B] or [L, B] with a bit set in rows `where`, of one layer if one is given."""
     bits = jnp.where(where, jnp.int32(bit), jnp.int32(0))
     return status | bits if layer is None else status.at[layer].set(status[layer] | bits)
+
+
+def joined(bits: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The bits that appended tokens may set, or-ed over `axes`: one by one, since MLX reduces no
+    integers by `or`."""
+    found = jnp.zeros((), jnp.int32)
+    for bit in (Status.SATURATED, Status.NOT_FINITE):
+        found = found | jnp.where((bits & int(bit) != 0).any(axes), jnp.int32(bit), jnp.int32(0))
+    return found

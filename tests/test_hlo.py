@@ -3,6 +3,7 @@ it, only portable operations."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -10,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mps
 import pytest
 from cases import CASES, LONG, channels
 from jax import export, lax
+from lowering import H100
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
@@ -44,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config(name: str, slots: int) -> KvCacheConfig:
-    """A cache whose last tier has exactly `slots` slots (or, in whole groups, a few more)."""
+    """A cache whose last tier has `slots` slots, or up to 127 more."""
     fields = {"tail_length": 100, "num_kv_heads": 2, "head_dim": 64, **CONFIGS[name]}
     before = fields["tail_length"] + fields.get("warm_length", 0) + fields.get("sink_tokens", 0)
     return KvCacheConfig(max_tokens=slots + before, **fields)
@@ -251,11 +254,16 @@ def test_unpacked_stores_are_seen() -> None:
 
 # Portability.
 
-PLATFORMS = ["cpu", "cuda", "rocm", "tpu", "mps"]
+DEVICES = {
+    "cpu": None,
+    "cuda": H100,
+    "rocm": jax.sharding.AbstractDevice("gfx942", 304, "rocm"),
+    "tpu": jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"),
+    "mps": jax.sharding.AbstractDevice("Apple M3 Max", 40, "mps"),
+}
 
 # What the portable programs consist of. All of it is in StableHLO's stable core and known to every
-# PJRT plugin that we know of (jax-mps lists its operations in src/pjrt_plugin/ops). A new name here
-# needs a look at that list.
+# PJRT plugin that we know of.
 OPERATIONS = {
     *(
         "abs",
@@ -297,31 +305,35 @@ OPERATIONS = {
     *("dynamic_slice", "dynamic_update_slice", "gather", "scatter"),
     *("dot_general", "reduce", "case", "while", "return", "optimization_barrier", "log"),
 }
-TYPES = {"i1", "i8", "i16", "i32", "f16", "bf16", "f32"}
-EXPORTED = {
+TYPES = {"i1", "i8", "i16", "i32", "ui8", "ui16", "f16", "bf16", "f32"}
+Q4K = dataclasses.replace(
+    CASES["fp32_q8_q4"], config=jaxkv.preset("Q4K", max_tokens=300, num_kv_heads=2, head_dim=32)
+)
+EXPORTED = {"q4k": Q4K} | {
     name: {**CASES, **LONG}[name]
     for name in ("channel_both", "fp32_q8_q4", "long_channel", "q2_symmetric_sinks")
 }
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", DEVICES)
 @pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
 def test_exports_are_portable(case: Any, platform: str) -> None:
-    """Every verb can be exported for every platform, without custom calls, in common types and
-    operations."""
+    """Every verb, traced as for a device of the platform, can be exported for it, without custom
+    calls (our own kernels aside), in common types and operations."""
+    xla = {"implementation": "xla"}
 
     def every_verb(state: CacheState, new: jax.Array, query: jax.Array, rows: jax.Array) -> Any:
-        state, out = jaxkv.prefill(state, query, new, new, rows)
-        state = jaxkv.take_rows(
-            jaxkv.rewind(jaxkv.evict(jaxkv.append(state, new, new), rows), rows), rows
-        )
+        state, out = jaxkv.prefill(state, query, new, new, rows, **xla)
+        state = jaxkv.evict(jaxkv.append(state, new, new, **xla), rows)
+        state = jaxkv.take_rows(jaxkv.rewind(state, rows), rows)
         return (
             state,
             out,
-            jaxkv.attend(state, query),
+            jaxkv.attend(state, query, **xla),
             jaxkv.gather(state),
             jaxkv.stats(state),
             jaxkv.clear(state),
+            jaxkv.replace_rows(state, rows, state),
         )
 
     state = jax.eval_shape(lambda: jaxkv.init(case.config, 2))
@@ -330,17 +342,23 @@ def test_exports_are_portable(case: Any, platform: str) -> None:
         for heads in (case.config.num_kv_heads, case.num_heads)
     )
     rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    text = str(
-        export.export(jax.jit(every_verb), platforms=[platform])(
-            state, new, query, rows
-        ).mlir_module()
-    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICES[platform])
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = export.export(jax.jit(every_verb), platforms=[platform])
+        text = str(exported(state, new, query, rows).mlir_module())
     assert "custom_call" not in text
     operations = set(re.findall(r"\b(?:stablehlo|chlo|mhlo)\.([a-z_]+)\b(?= |\()", text)) | set(
         re.findall(r'"stablehlo\.(\w+)"', text)
     )
-    assert operations <= OPERATIONS | {"num_partitions", "num_replicas"} | (
-        {"reduce_precision"} if platform == "cpu" else set()
-    )
+    own = {"reduce_precision"} if platform == "cpu" else set()
+    assert operations <= OPERATIONS | {"num_partitions", "num_replicas"} | own
     assert len(operations) > 20  # they were found
+    integer_or = re.compile(r"applies stablehlo.(and|or|xor) .*\(tensor<[\dx]*i(8|16|32)>")
+    assert not integer_or.search(text)  # of a reduction, which jax-mps refuses
     assert set(re.findall(r"tensor<(?:[\dx?]+x)?(\w+)>", text)) <= TYPES
+
+
+def test_metal_knows_what_we_use() -> None:
+    """The portable operations and types are among those that the Metal backend handles."""
+    assert OPERATIONS <= mps.OPERATIONS
+    assert TYPES <= mps.TYPES

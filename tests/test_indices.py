@@ -56,8 +56,8 @@ def _apply(eqn: core.JaxprEqn, values: list[Any]) -> tuple[Any, Any]:
         return _while(params, values)
     if name == "scan":
         return _scan(params, values)
-    inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if inner is not None:
+    if name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call"):
+        inner = params.get("jaxpr", params.get("call_jaxpr"))
         return _run(inner.jaxpr, inner.consts, values)
     out = eqn.primitive.bind(*values, **params)
     return (out if eqn.primitive.multiple_results else [out]), _outside(name, params, values)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv.config import LANES
 from jaxkv.kernels import platform
-from jaxkv.tiers.place import WINDOW, Run, scatter, windows
+from jaxkv.tiers.place import Run, scatter, windows
 
 ROWS, HEADS, WORDS = 3, 2, 4
 AXES = {-2: (HEADS, "S", WORDS), -1: (HEADS, WORDS, "S")}
@@ -37,14 +38,14 @@ def runs(capacity: int, size: int) -> Run:
 
 @pytest.mark.parametrize("put", [scatter, windows])
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("capacity", [1, 2, 50, WINDOW, 300, 3 * WINDOW])
+@pytest.mark.parametrize("capacity", [1, 2, 50, LANES, 300, 3 * LANES])
 def test_tokens_land_in_their_slots(
     capacity: int, axis: int, put: Any, rng: np.random.Generator
 ) -> None:
     """Runs of every length, around the seam of rings of less than a window, of whole windows and
     of parts; of a layer, and of a state that has none."""
     shape = [ROWS, *(capacity if n == "S" else n for n in AXES[axis])]
-    for size in sorted({1, 2, 5, WINDOW, 290, capacity} & set(range(capacity + 1))):
+    for size in sorted({1, 2, 5, LANES, 290, capacity} & set(range(capacity + 1))):
         run = runs(capacity, size)
         old = rng.integers(-100, 100, (2, *shape)).astype(np.int8)
         new = rng.integers(-100, 100, (ROWS, size, HEADS, WORDS)).astype(np.int8)

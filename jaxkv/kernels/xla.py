@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring
+from jaxkv.config import LANES
 from jaxkv.formats import QuantSpec
 from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
@@ -28,7 +29,7 @@ from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.state import Segment
-from jaxkv.tiers.place import WINDOW, Index
+from jaxkv.tiers.place import Index
 from jaxkv.tiers.tokens import only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)
@@ -175,7 +176,7 @@ def _block_size(part: Segment, query: jax.Array) -> int:
     # No more blocks than that makes, and all alike: the last one looks at slots again where it is
     # not full (a fifth of the time at 2,000).
     capacity, unit = part.spec.capacity, part.spec.group if part.spec.group > 1 else 32
-    unit = math.lcm(unit, WINDOW) if is_tiled else unit
+    unit = math.lcm(unit, LANES) if is_tiled else unit
     even = -(-capacity // -(-capacity // most))
     return min(capacity, -(-even // unit) * unit)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxkv.formats import LARGEST
-from jaxkv.status import Status
+from jaxkv.status import Status, joined
 
 
 def finite(x: jax.Array, largest: float = LARGEST) -> jax.Array:
@@ -33,7 +33,7 @@ def changes(x: jax.Array, largest: float, count: jax.Array) -> jax.Array:
     )
     valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < count[:, None]
     bits = jnp.where(valid[:, :, None, None], bits, jnp.int32(0))
-    return lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (1, 3))
+    return joined(bits, (1, 3))
 
 
 def _bits(x: float) -> int:

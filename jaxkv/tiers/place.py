@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
+from jaxkv.config import LANES
 
-WINDOW = 128
-"""Slots of a window: the lanes of a TPU's vector register, so that a window is whole tiles."""
+Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
 
 BETWEEN = {-2: 1, -1: 2}
 """Axes between a row's and its slots', by the axis of the slots: heads, or heads and groups."""
@@ -91,7 +90,7 @@ def windows(old: jax.Array, new: jax.Array, run: Run, layer: Index, axis: int) -
     A scatter makes XLA:TPU turn the whole array into another layout and back. The windows of a run
     are those of a ring; what belongs in one is cut from the tokens laid around such a ring, too.
     """
-    size, capacity, length = min(WINDOW, run.capacity), run.capacity, run.size
+    size, capacity, length = min(LANES, run.capacity), run.capacity, run.size
     shape = list(old.shape)
     lead = len(shape) + axis - BETWEEN[axis]  # axes of layer and row
     shape[:lead] = [1] * lead
