@@ -162,6 +162,38 @@ def gpu(found: dict[str, Any]) -> str:
     )
 
 
+def tpu(found: dict[str, Any]) -> str:
+    """What steps compile to for a TPU."""
+    rows = [
+        [
+            row["cache"],
+            row["step"] + (f", {row['rows']} rows" if row["rows"] > 1 else ""),
+            row["layers"],
+            str(row["cache_sized_copies"]),
+            f"{row['temporaries_mb']:.1f} MB",
+            f"{row['cycles'] / found['num_layers'] / 1e3:,.0f}",
+            f"{row['code_mb']:.1f} MB",
+        ]
+        for row in found["programs"].values()
+    ]
+    head = [
+        "cache",
+        "step",
+        "layers",
+        "cache-sized copies",
+        "temporaries",
+        "thousand cycles a layer",
+        "code",
+    ]
+    return (
+        f"{found['num_layers']} layers, {found['tokens']:,} tokens, {found['query_heads']} query "
+        f"heads and {found['kv_heads']} kv heads of {found['head_dim']}, a prompt of "
+        f"{found['prompt']} and a chunk of {found['chunk']}, compiled for a {found['device']} on a "
+        f"machine without one (`{found['command']}`, jax {found['jax']}, libtpu "
+        f"{found['libtpu']}; cycles are the compiler's estimates):\n\n{table(head, rows)}"
+    )
+
+
 def measured(found: dict[str, Any]) -> str:
     """Times on a GPU, by `gpu.py`."""
     names = ("cudnn", "torch", "bf16", "q8", "q4", "q2")
@@ -246,6 +278,7 @@ def sections() -> dict[str, str]:
         ("quality", quality, "quality.json"),
         ("speed", speed, "cpu.json"),
         ("gpu", gpu, "gpu_compiled.json"),
+        ("tpu", tpu, "tpu_compiled.json"),
     ):
         if (RESULTS / file).exists():
             found[name] = write(json.loads((RESULTS / file).read_text()))

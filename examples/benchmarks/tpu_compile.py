@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--preset", action="append", choices=list(jaxkv.PRESETS))
     parser.add_argument("--step", action="append", choices=[*STEPS, *ROWS_STEPS])
+    parser.add_argument("--only-scan", action="store_true", help="one row, layers in a scan")
     args = parser.parse_args()
     head = {
         "device": DEVICE,
@@ -235,7 +236,8 @@ def main() -> None:
     device, programs = tpu(), dict[str, Any]()
     if args.out.exists():
         programs = json.loads(args.out.read_text())["programs"]
-    for case in cases(args.preset or list(PRESETS), args.step or [*STEPS, *ROWS_STEPS]):
+    every = cases(args.preset or list(PRESETS), args.step or [*STEPS, *ROWS_STEPS])
+    for case in [case for case in every if not args.only_scan or case[2:] == (1, True)]:
         row = report(*case, device)
         print(row, flush=True)
         programs[" ".join(map(str, case))] = row

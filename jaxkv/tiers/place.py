@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.config import LANES
+from jaxkv.trees import node
 
 Index = Any  # a layer: int, traced int32 scalar, or None where the state has no layer axis
 
@@ -21,7 +22,7 @@ BETWEEN = {-2: 1, -1: 2}
 """Axes between a row's and its slots', by the axis of the slots: heads, or heads and groups."""
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The slots of T consecutive tokens, once around a ring at most: token t in slot `(start + t) %
