@@ -18,7 +18,7 @@ from jaxkv.formats import Format, Precision
 from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import tokens
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 from jaxkv.update import append
 
 

@@ -29,7 +29,7 @@ from jaxkv.padding import Padding
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 from jaxkv.update import append
 
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxkv.checks import as_layer
 from jaxkv.state import CacheState
-from jaxkv.tiers.tokens import Index
+from jaxkv.tiers.place import Index
 
 
 @dataclasses.dataclass(frozen=True)
