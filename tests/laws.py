@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Array, Case, accumulate, attention_bound, norms, random_tokens, tie_bound
+from cases import FEW, Array, Case, accumulate, attention_bound, norms, random_tokens, tie_bound
 
 import jaxkv
 from jaxkv import CacheState, reference
@@ -33,9 +33,13 @@ Contents = tuple[Array, Array, Array]  # keys, values and positions, as `gather`
 
 def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
     """Runs a law over cases; in parallel runs each case stays with one worker, which compiles its
-    programs once for all laws."""
+    programs once for all laws. Cases outside the cross-section `FEW` are slow."""
     rows = [
-        pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
+        pytest.param(
+            case,
+            id=name,
+            marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in FEW)],
+        )
         for name, case in cases.items()
     ]
     return pytest.mark.parametrize("case", rows)
