@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxkv.checks import check_rows, is_concrete
 from jaxkv.drop import emptied
-from jaxkv.state import CacheState
+from jaxkv.state import CacheState, check_rows_apart
 from jaxkv.status import Status
 
 
@@ -84,6 +84,7 @@ def take_rows(state: CacheState, rows: ArrayLike) -> CacheState:
     Raises:
       ValueError: not a vector of ints, or (where concrete) a row that does not exist.
     """
+    check_rows_apart(state, "take_rows")
     given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     if given.ndim != 1 or given.shape[0] == 0 or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(
@@ -101,6 +102,7 @@ def _row_axis(state: CacheState) -> int:
 
 
 def _check_alike(name: str, state: CacheState, other_name: str, other: CacheState) -> None:
+    check_rows_apart(state, name)
     if state.config != other.config:
         raise ValueError(
             f"{name} and {other_name} have different configs, {state.config} and {other.config}: "

@@ -14,6 +14,7 @@ from jaxkv.checks import as_counts, check_rows, is_concrete
 from jaxkv.config import KvCacheConfig
 from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
+from jaxkv.tiers import allocation
 
 
 def evict(state: CacheState, count: ArrayLike) -> CacheState:
@@ -30,9 +31,8 @@ def evict(state: CacheState, count: ArrayLike) -> CacheState:
     begin = jnp.where(refused, begin, begin + given)
     lost = begin - state.config.sink_tokens
     lost = state.lost.at[..., -1].set(jnp.where(refused | (given == 0), state.lost[..., -1], lost))
-    return dataclasses.replace(
-        state, lost=lost, refused=_flag_count(state, given, refused, Status.EVICT_TOO_MANY)
-    )
+    status = _flag_count(state, given, refused, Status.EVICT_TOO_MANY)
+    return _trimmed(dataclasses.replace(state, lost=lost, refused=status))
 
 
 def rewind(state: CacheState, count: ArrayLike) -> CacheState:
@@ -66,12 +66,18 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
         )
     status = _flag_count(state, given, out_of_range, Status.REWIND_TOO_MANY)
     status = flagged(status, cuts & ~out_of_range, Status.REWIND_CUTS_GROUP)
-    return dataclasses.replace(
-        state,
-        end=jnp.where(refused, state.end, end),
-        lost=jnp.where(refused[..., None], state.lost, kept - config.sink_tokens),
-        refused=status,
-    )
+    end = jnp.where(refused, state.end, end)
+    lost = jnp.where(refused[..., None], state.lost, kept - config.sink_tokens)
+    return _trimmed(dataclasses.replace(state, end=end, lost=lost, refused=status))
+
+
+def _trimmed(state: CacheState) -> CacheState:
+    """In a pool, rows give back the pages that hold none of their tokens any more."""
+    if state.pages is None:
+        return state
+    end, kept = (x if state.num_layers is None else x[0] for x in (state.end, state.kept))
+    high = ring.uppers(state.config, end, ring.starts(state.config, end, kept))[-1]
+    return dataclasses.replace(state, pages=allocation.trim(state.pages, kept[:, -1], high))
 
 
 def _of_layers(state: CacheState, count: jax.Array) -> jax.Array:
@@ -156,10 +162,11 @@ def clear(state: CacheState, rows: ArrayLike | None = None) -> CacheState:
 def emptied(state: CacheState, where: jax.Array, status: Status) -> CacheState:
     """The state with nothing left in rows `where` [B] but a status."""
     where = jnp.broadcast_to(where, state.end.shape)
-    return dataclasses.replace(
+    left = dataclasses.replace(
         state,
         end=jnp.where(where, 0, state.end),
         lost=jnp.where(where[..., None], 0, state.lost),
         refused=jnp.where(where, jnp.int32(status), state.refused),
         changed=jnp.where(where[..., None], 0, state.changed),
     )
+    return _trimmed(left)

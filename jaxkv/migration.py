@@ -18,6 +18,7 @@ from jaxkv.kernels import dispatch
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.state import Tier
 from jaxkv.tiers import tokens
+from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index, Run
 from jaxkv.tiers.tokens import Tokens
 
@@ -59,6 +60,18 @@ class Passage:
         return (upper == self.kept[:, -1]) & (new_upper > upper)
 
 
+def due(
+    config: KvCacheConfig, end: jax.Array, kept: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The positions [low, high) [B] that `count` more tokens cause to be written to the last
+    tier."""
+    low, high = (
+        ring.uppers(config, stop, ring.starts(config, stop, kept))[-1]
+        for stop in (end, end + count)
+    )
+    return jnp.maximum(low, high - config.chain[-1].capacity), high
+
+
 def take_in(
     config: KvCacheConfig,
     tiers: tuple[Tier, ...],
@@ -66,8 +79,11 @@ def take_in(
     passage: Passage,
     layer: Index,
     implementation: Implementation,
+    pages: Pages | None = None,
 ) -> tuple[Tier, ...]:
-    """The tiers after `new` has entered the first and all that is due has moved on."""
+    """The tiers after `new` has entered the first and all that is due has moved on; the last one's
+    slots may be those of `pages`."""
+    places = [None] * (len(tiers) - 1) + [pages]
     first = aligned(
         tiers[0],
         config.chain[0],
@@ -75,7 +91,7 @@ def take_in(
         lambda: first_of(new),
         layer,
     )
-    first = store(first, config.chain[0], new, layer, implementation)
+    first = store(first, config.chain[0], new, layer, implementation, places[0])
 
     def pass_on(rest: tuple[Tier, ...]) -> tuple[Tier, ...]:
         source, done = Source(config, 0, tiers[0], first, new, layer), []
@@ -88,7 +104,7 @@ def take_in(
             first_tokens = functools.partial(source.first_tokens, upper)
             ready = aligned(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
             arrival = source.leaving(passage)
-            done.append(store(ready, spec, arrival, layer, implementation))
+            done.append(store(ready, spec, arrival, layer, implementation, places[index]))
             source = Source(config, index, tier, done[-1], arrival, layer)
         return tuple(done)
 
@@ -126,7 +142,12 @@ def _positions(base: jax.Array, size: int) -> jax.Array:
 
 
 def store(
-    tier: Tier, spec: TierSpec, arrival: Arrival, layer: Index, implementation: Implementation
+    tier: Tier,
+    spec: TierSpec,
+    arrival: Arrival,
+    layer: Index,
+    implementation: Implementation,
+    pages: Pages | None = None,
 ) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
     lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)
@@ -134,13 +155,15 @@ def store(
     if arrival.size > spec.capacity:
         arrival = _from(arrival, lasting - arrival.base, spec.capacity)
     base = arrival.base
+    capacity = spec.capacity if pages is None else pages.capacity
     run = Run(
-        ring.slot_of(base, spec.offset, spec.capacity),
+        ring.slot_of(base, spec.offset, capacity),
         lasting - base,
         arrival.stop - base,
         arrival.size,
-        spec.capacity,
+        capacity,
         whole,
+        pages,
     )
     keys = dispatch.write(tier.keys, spec.key, arrival.keys, run, layer, implementation)
     return Tier(

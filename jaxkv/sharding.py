@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxkv.config import KvCacheConfig, Migration
 from jaxkv.formats import QuantSpec
-from jaxkv.state import CacheState
+from jaxkv.state import CacheState, check_rows_apart
 
 AnyMesh = Mesh | AbstractMesh  # sizes can be asked of a mesh without devices too
 
@@ -73,6 +73,7 @@ def place(state: CacheState, mesh: Mesh, axes: Axes) -> CacheState:
             f"context={axes.context!r}: a state is split by batch and heads only; deal out "
             "positions with jaxkv.shards.init"
         )
+    check_rows_apart(state, "place")
     check_divides("batch_size", state.batch_size, mesh, axes.batch)
     check_divides("num_kv_heads", state.config.num_kv_heads, mesh, axes.heads)
     return jax.device_put(state, shardings(specs(state, axes), mesh))

@@ -18,6 +18,7 @@ from jaxkv.status import joined
 from jaxkv.summary import summary
 from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
+from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.tokens import Tokens
 from jaxkv.trees import node
@@ -38,7 +39,8 @@ class CacheState:
     """The tokens of B rows (and L layers). Made by `init`; every verb returns a new one.
 
     A token at position p >= sink_tokens lives in slot (p - sink_tokens) % capacity of its tier
-    (`ring`). A tree of zeros is an empty cache (without the means that `init` may be given).
+    (`ring`), or in a page of a pool (`jaxkv.paged`). A tree of zeros is an empty cache, but for a
+    pool's free pages and the means that `init` may be given.
     """
 
     sinks: Tier | None  # positions [0, sink_tokens)
@@ -48,6 +50,7 @@ class CacheState:
     refused: jax.Array  # [B] or [L, B] int32: Status bits of refused requests, sticky
     changed: jax.Array  # [B, K] or [L, B, K] int32: Status bits of what entered changed, sticky
     config: KvCacheConfig = dataclasses.field(metadata={"static": True})
+    pages: Pages | None = None  # where the last tier's tokens lie in the pages of a pool
 
     def __repr__(self) -> str:
         return summary("CacheState", self.config, self.end)
@@ -101,12 +104,21 @@ def init(
     """
     batch_size = as_int("batch_size", batch_size, 1)
     num_layers = None if num_layers is None else as_int("num_layers", num_layers, 1)
+    empty = allocated(config, batch_size, num_layers)
+    return settled(with_means(empty, key_mean, value_mean), device)
+
+
+def allocated(
+    config: KvCacheConfig, batch_size: int, num_layers: int | None, pages: Pages | None = None
+) -> CacheState:
+    """The arrays of `init`; with `pages`, the last tier's are those of a pool, and one page more,
+    which is nobody's."""
     lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
     heads, head_dim = config.num_kv_heads, config.head_dim
 
-    def tier(key: Any, value: Any, capacity: int) -> Tier:
+    def tier(key: Any, value: Any, capacity: int, stored: tuple[int, ...] | None = None) -> Tier:
         return Tier(
-            *(tokens.allocate(fmt, lead, heads, capacity, head_dim) for fmt in (key, value))
+            *(tokens.allocate(fmt, lead, heads, capacity, head_dim, stored) for fmt in (key, value))
         )
 
     sinks = (
@@ -114,15 +126,29 @@ def init(
         if config.sink_tokens
         else None
     )
-    tiers = tuple(tier(spec.key, spec.value, spec.capacity) for spec in config.chain)
+    *chain, last = config.chain
+    tiers = [tier(spec.key, spec.value, spec.capacity) for spec in chain]
+    if pages is None:
+        tiers.append(tier(last.key, last.value, last.capacity))
+    else:
+        stored = (*lead[:-1], pages.num_pages + 1)
+        tiers.append(tier(last.key, last.value, pages.size, stored))
     zeros = jnp.zeros(lead, jnp.int32)
     lost = jnp.zeros((*lead, len(tiers)), jnp.int32)
-    changed = jnp.zeros((*lead, heads), jnp.int32)
-    state = CacheState(sinks, tiers, zeros, lost, jnp.zeros_like(zeros), changed, config)
-    return settled(_with_means(state, key_mean, value_mean), device)
+    refused, changed = jnp.zeros_like(zeros), jnp.zeros((*lead, heads), jnp.int32)
+    return CacheState(sinks, tuple(tiers), zeros, lost, refused, changed, config, pages)
 
 
-def _with_means(
+def check_rows_apart(state: CacheState, verb: str) -> None:
+    """Refuses a pool, for verbs that take rows apart."""
+    if state.pages is not None:
+        raise ValueError(
+            f"{verb}: the rows of a pool share their pages; use fork, snapshot, adopt or offload "
+            "of jaxkv.paged"
+        )
+
+
+def with_means(
     state: CacheState, key_mean: jax.Array | None, value_mean: jax.Array | None
 ) -> CacheState:
     def given(held: Tokens, name: str, mean: jax.Array | None) -> Tokens:
@@ -183,6 +209,7 @@ class Segment:
     low: jax.Array
     high: jax.Array
     base: jax.Array | None = None  # [B]: added to a position here to make it the row's own
+    pages: Pages | None = None  # where the tier's slots are those of a pool
     # [B, T] each: what each query finds here, where that is not the same for all of them
     span: tuple[jax.Array, jax.Array] | None = None
 
@@ -229,6 +256,7 @@ def segments(
     if as_of is not None:
         spans = boundaries(as_of, kept[:, None])
         found = [part.seen(span) for part, span in zip(found, spans, strict=True)]
+    found[-1] = dataclasses.replace(found[-1], pages=state.pages)
     if state.sinks is None:
         return found
     return [
@@ -291,7 +319,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
       With several layers and no `layer`, each has a leading axis L.
     """
     if layer is None and state.num_layers is not None:
-        return jax.vmap(gather)(state)
+        return jax.vmap(lambda layer: gather(state, layer=layer))(jnp.arange(state.num_layers))
     layer, exists = as_layer(layer, state.num_layers)
     parts = segments(state, layer)
     index = jnp.arange(state.config.max_tokens)[None]
@@ -321,7 +349,8 @@ def _tokens_at(
 ) -> jax.Array:
     """The tokens [B, P, K, H] in the slots of `position` [B, P]; what is no position of the tier
     gives anything."""
-    capacity = part.spec.capacity
+    capacity = part.spec.capacity if part.pages is None else part.pages.capacity
     every = jnp.broadcast_to(jnp.arange(capacity), (position.shape[0], capacity))
     slots = ring.slot_of(position, part.spec.offset, capacity)
-    return jnp.take_along_axis(tokens.read(held, fmt, every, layer), slots[..., None, None], axis=1)
+    found = tokens.read(held, fmt, every, layer, part.pages)
+    return jnp.take_along_axis(found, slots[..., None, None], axis=1)

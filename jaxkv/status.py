@@ -24,6 +24,7 @@ class Status(enum.IntFlag):
     SATURATED = 16  # finite, but larger than `KvCacheConfig.largest`
     NOT_FINITE = 32  # NaN or infinite
     OUT_OF_POSITIONS = 64  # a position beyond `ring.MOST`, as int32 counts them
+    OUT_OF_PAGES = 128  # the pool's free pages do not suffice, or none were reserved
 
 
 def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None) -> jax.Array:

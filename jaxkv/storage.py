@@ -31,7 +31,7 @@ from jaxkv.config import KvCacheConfig
 from jaxkv.devices import settled
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.signed import MALFORMED, NO_DIGEST, VERSION, SignedFile, StorageError, sign
-from jaxkv.state import CacheState, Tier, init
+from jaxkv.state import CacheState, Tier, check_rows_apart, init
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens
 
@@ -51,6 +51,7 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
         raise ImportError(
             "jaxkv.save needs the package safetensors: pip install 'jaxkv[storage]'"
         ) from error
+    check_rows_apart(state, "save")
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}.partial"
     metadata = {

@@ -24,7 +24,7 @@ from jaxkv.checks import (
     is_concrete,
 )
 from jaxkv.kernels import dispatch
-from jaxkv.migration import Arrival, Passage, store, take_in
+from jaxkv.migration import Arrival, Passage, due, store, take_in
 from jaxkv.padding import Padding
 from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
@@ -82,22 +82,27 @@ def append(
     count = in_range(given, keys.shape[1], exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     beyond = _beyond(end, count)
+    refused = flagged(state.refused, beyond, Status.OUT_OF_POSITIONS, layer)
+    if lengths is not None or exists is not True:
+        refused = flagged(refused, (given != count) & ~beyond, Status.OUT_OF_RANGE, layer)
     count = jnp.where(beyond, 0, count)
+    if state.pages is not None:
+        ready = state.pages.ready(*due(config, end, kept, count), keys.shape[1])
+        refused = flagged(refused, ~ready, Status.OUT_OF_PAGES, layer)
+        count = jnp.where(ready, count, 0)
     changed = _changed(state, keys, values, count, layer)
     keys, values = (entry.finite(x, config.largest) for x in (keys, values))
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    whole = lengths is None and exists is True and not config.sink_tokens
+    whole = lengths is None and exists is True and not config.sink_tokens and state.pages is None
     new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
-    tiers = take_in(config, state.tiers, new, Passage(kept, low, new_low), layer, implementation)
+    passage = Passage(kept, low, new_low)
+    tiers = take_in(config, state.tiers, new, passage, layer, implementation, state.pages)
     sinks = state.sinks
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    refused = flagged(state.refused, beyond, Status.OUT_OF_POSITIONS, layer)
-    if lengths is not None or exists is not True:
-        refused = flagged(refused, (given != count) & ~beyond, Status.OUT_OF_RANGE, layer)
     moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, refused=refused, changed=changed)
     return _at(
         moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))

@@ -11,6 +11,7 @@ import llama
 import numpy as np
 import perplexity
 import pytest
+import serve
 import smollm2
 import texts
 
@@ -301,3 +302,14 @@ def test_perplexity_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -
     assert result["perplexity"] == pytest.approx(result["baseline_perplexity"], rel=0.05)
     assert 0 < result["kl"] < 0.05
     assert 0.5 < result["top1"] <= 1
+
+
+@pytest.mark.usefixtures("tiny_smollm2")
+def test_serve_gives_each_request_what_it_gets_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefixes are found, requests are parked and come back, drafts are rewound: the tokens are
+    those of each request alone (the program asserts it)."""
+    serve.main(["--quick", "--store", "q8"])
+    *_, last, firsts, same = capsys.readouterr().out.splitlines()
+    hits, swaps = (int(x) for x in last.split()[-2:])
+    assert hits > 0 and swaps > 0
+    assert firsts.startswith("seconds to the first token") and "compiled 1 + 1 times" in same

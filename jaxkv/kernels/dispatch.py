@@ -118,6 +118,8 @@ def limits(
 
 def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
     """Why the kernel cannot do this tier, or None."""
+    if part.pages is not None:
+        return f"the {part.spec.name} tier lies in the pages of a pool"
     if scoring.changes_scores:
         return "it knows causality, windows and sink logits, not soft_cap, decay, bias or mask"
     if head_dim > MOST_HEAD_DIM:
@@ -170,7 +172,7 @@ def write(
         assert isinstance(fmt, QuantSpec)
         return pallas_write.write(held, fmt, new, run, layer)
 
-    if implementation == "xla" or platform.no_gpu() or refused():
+    if implementation == "xla" or run.pages is not None or platform.no_gpu() or refused():
         return portable(held, new)
     found: Tokens = lax.platform_dependent(held, new, cuda=kernel, default=portable)
     return found

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import ring
 from jaxkv.config import LANES
 from jaxkv.formats import QuantSpec
 from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
+from jaxkv.kernels.walk import walk
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.state import Segment
 from jaxkv.tiers.place import Index
@@ -84,14 +84,20 @@ def partial_attention(
         min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size)
         < SLOTS[1]
     )
-    if query.shape[0] == 1 or not (is_large and platform.visits_rows()):
+    apart = is_large or part.pages is not None  # rows of a pool never lie side by side
+    if query.shape[0] == 1 or not (apart and platform.visits_rows()):
         return _attend(part, sides, query, unit, visible, adjust, newest, layer, None)
 
     def of_row(row: jax.Array) -> Partial:
         base = None if part.base is None else only(part.base, row)
         span = part.span and (only(part.span[0], row), only(part.span[1], row))
         own = dataclasses.replace(
-            part, low=only(part.low, row), high=only(part.high, row), base=base, span=span
+            part,
+            low=only(part.low, row),
+            high=only(part.high, row),
+            base=base,
+            span=span,
+            pages=part.pages and part.pages.row(row),
         )
         query_, unit_, newest_ = (only(x, row) for x in (query, unit, newest))
         found = _attend(own, sides, query_, unit_, visible, adjust, newest_, layer, row)
@@ -115,7 +121,7 @@ def _attend(
     """`partial_attention` over all rows at once, or of one row, in which only the tier still has
     the others."""
     spec, (keys, values) = part.spec, sides
-    size = _block_size(part, query)
+    blocks = walk(part, newest, _block_size(part, query))
     never = (
         part.high[0] == -1
     )  # the compiler sees through `< 0` where positions are a maximum with 0
@@ -124,18 +130,13 @@ def _attend(
 
     def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         top, total = carry
-        # The last block of a ring that is no multiple of the block starts early; slots that were
-        # seen before are masked.
-        start = jnp.minimum(index * size, spec.capacity - size)
-        slot = start + jnp.arange(size, dtype=jnp.int32)[None]
-        position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
-        valid = (position >= part.low[:, None]) & (slot >= index * size)
+        position, valid = blocks.look(index)
         own = position if part.base is None else position + part.base[:, None]
         seen = visible(own, row) & valid[:, None]
         if part.span is not None:
             low, high = (bound[..., None] for bound in part.span)
             seen &= (position[:, None] >= low) & (position[:, None] < high)
-        scores = bounded(key.scores(operand, keys.at(start, size, layer, row)) * unit)
+        scores = bounded(key.scores(operand, blocks.cut(keys, index, layer, row)) * unit)
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
         by_query = by_query if adjust is None else adjust(by_query, own, row)
         by_query = jnp.where(seen[:, None, None], by_query, -jnp.inf)
@@ -148,17 +149,17 @@ def _attend(
             jnp.exp(top - new_top)[..., None],
         )
         looked_at = valid & seen.any(1)
-        more = value.weigh(weights, values.at(start, size, layer, row), looked_at)
+        more = value.weigh(weights, blocks.cut(values, index, layer, row), looked_at)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become:
     # zeros made of the operands do. None made by a product: a query may be NaN.
     zero = jnp.where((query[..., 0] > 0) & (part.low[:, None, None] > 0), 0.0, 0.0)
     carry = FLOOR + zero, jax.tree.map(lambda x: x + zero[..., None], value.zeros(query.shape[:3]))
-    if spec.capacity <= size:
+    if part.pages is None and spec.capacity <= blocks.size:
         carry = visit(jnp.int32(0), carry)
     else:
-        carry = lax.fori_loop(*_block_range(part, newest, size), visit, carry)
+        carry = lax.fori_loop(*blocks.turns(), visit, carry)
     out, total = value.finish(carry[1])
     return Partial(out, carry[0], total)
 
@@ -185,19 +186,3 @@ def _slot_bytes(part: Segment, query: jax.Array) -> int:
     """Of the keys' codes, for all rows and heads of the queries."""
     data = part.tier.keys.data
     return int(query.shape[0] * query.shape[1] * data.shape[-1] * data.dtype.itemsize)
-
-
-def _block_range(part: Segment, newest: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The blocks [first, stop) that hold any row's positions in [low, min(high, newest + 1))."""
-    offset, capacity = part.spec.offset, part.spec.capacity
-    newest = newest if part.base is None else newest - part.base
-    low, high = (
-        part.low - offset,
-        jnp.maximum(jnp.minimum(part.high, newest + 1), part.low) - offset,
-    )
-    # Slots are contiguous unless the range passes the ring's seam; an empty range asks for nothing.
-    seam = low // capacity != (high - 1) // capacity
-    empty = low >= high
-    first = jnp.where(empty, capacity, jnp.where(seam, 0, low % capacity))
-    stop = jnp.where(empty, 0, jnp.where(seam, capacity, (high - 1) % capacity + 1))
-    return first.min() // size, (stop.max() + size - 1) // size

@@ -49,6 +49,10 @@ class Pages:
         outside = (slots >= self.capacity) | (page < 0)
         return jnp.where(outside, self.num_pages, page), slots % self.size
 
+    def of_groups(self, group: int) -> Pages:
+        """The same with groups of tokens for slots."""
+        return dataclasses.replace(self, size=self.size // group)
+
     def row(self, row: jax.Array | None) -> Pages:
         """The pages of one row, as if there were no other; None: all."""
         if row is None:

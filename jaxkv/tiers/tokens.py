@@ -31,7 +31,8 @@ from jaxkv import codec
 from jaxkv.codec import arithmetic, rotation
 from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
 from jaxkv.tiers.basis import Basis
-from jaxkv.tiers.place import Index, Put, Run, index_of, scatter
+from jaxkv.tiers.pages import Pages
+from jaxkv.tiers.place import Index, Put, Run, index_of, located, scatter
 from jaxkv.trees import node
 
 
@@ -82,12 +83,22 @@ def _array(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def allocate(
-    fmt: Format, lead: tuple[int, ...], heads: int, capacity: int, head_dim: int
+    fmt: Format,
+    lead: tuple[int, ...],
+    heads: int,
+    capacity: int,
+    head_dim: int,
+    stored: tuple[int, ...] | None = None,
 ) -> Tokens:
-    """Empty tokens; `lead` is (B,) or (L, B)."""
-    return jax.tree.map(
-        lambda a: jnp.zeros((*lead, *a.shape), a.dtype), shapes(fmt, heads, capacity, head_dim)
-    )
+    """Empty tokens; `lead` is (B,) or (L, B), `stored` that of what is stored by slot, where that
+    is pages."""
+    wanted, stored = shapes(fmt, heads, capacity, head_dim), stored or lead
+    arrays: dict[str, Any] = {
+        name: None if a is None else jnp.zeros((*at, *a.shape), a.dtype)
+        for name, a in vars(wanted).items()
+        for at in [stored if name in STORED else lead]
+    }
+    return Tokens(**arrays)
 
 
 def _scale_shape(spec: QuantSpec, heads: int, capacity: int, head_dim: int) -> tuple[int, int, int]:
@@ -102,6 +113,9 @@ Encoded = codec.Quantized | jax.Array
 
 
 SCALES = ("scale", "zero_point", "scale_unit", "zero_unit")
+
+STORED = ("data", *SCALES)
+"""What there is of a token; the rest is of a row."""
 
 
 def basis_of(tokens: Tokens, fmt: Format, layer: Index) -> Basis:
@@ -169,13 +183,16 @@ def write(
     )
 
 
-def read(tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index) -> jax.Array:
+def read(
+    tokens: Tokens, fmt: Format, slots: jax.Array, layer: Index, pages: Pages | None = None
+) -> jax.Array:
     """The tokens [B, T, K, H] float32 in `slots` [B, T]; channel groups must be whole."""
-    data = tokens.data[index_of(slots, layer, -2)]
+    data = tokens.data[index_of(located(slots, pages), layer, -2)]
     if tokens.scale is None:
         return floats(data)
     group = channel_group(fmt)
-    place = index_of(slots[:, ::group] // group, layer, scale_axis(fmt))
+    at = located(slots[:, ::group] // group, pages and pages.of_groups(group))
+    place = index_of(at, layer, scale_axis(fmt))
     arrays = [
         array if array is None else array[place]
         for array in (getattr(tokens, name) for name in SCALES)
