@@ -31,7 +31,7 @@ from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
 from jaxkv.state import CacheState, KvCacheStats, init, nbytes
 from jaxkv.status import Status
-from jaxkv.storage import load, save
+from jaxkv.storage import load
 from jaxkv.update import migrate
 from jaxkv.verbs import (
     append,
@@ -42,10 +42,12 @@ from jaxkv.verbs import (
     extend,
     gather,
     keep,
+    load_layers,
     positions,
     prefill,
     replace_rows,
     rewind,
+    save,
     stats,
     take_rows,
 )
@@ -96,6 +98,7 @@ __all__ = [
     "keep",
     "layers_of",
     "load",
+    "load_layers",
     "migrate",
     "nbytes",
     "positions",

@@ -45,6 +45,13 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
       ValueError: the state's arrays are on other hosts too, or its positions are none that a verb
         leaves.
     """
+    write(path, arrays_of(state), description_of(state))
+
+
+def write(
+    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], description: dict[str, Any]
+) -> None:
+    """Writes arrays by name, and what they are, to a file that is whole or absent."""
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
@@ -57,10 +64,10 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
     metadata = {
         "jaxkv_version": str(VERSION),
         "sha256": NO_DIGEST,
-        "cache": json.dumps(_description(state)),
+        "cache": json.dumps(description),
     }
     try:
-        save_file(_arrays(state), temporary, metadata=metadata)
+        save_file(arrays, temporary, metadata=metadata)
         with open(temporary, "r+b") as file:
             sign(file.fileno())
             os.fsync(file.fileno())
@@ -94,29 +101,49 @@ def load(
       ValueError: rows that the file does not have.
     """
     file = SignedFile.open(path, mmap)
-    held, batch_size, num_layers = _described(file)
+    try:
+        description = file.metadata("cache")
+    except MALFORMED as error:
+        raise file.malformed(error) from None
+    return read(file, description, config=config, rows=rows)
+
+
+def read(
+    file: SignedFile,
+    description: Any,
+    prefix: str = "",
+    *,
+    config: KvCacheConfig | None = None,
+    rows: int | Sequence[int] | None = None,
+) -> CacheState:
+    """A state of a file, as it is described there, whose arrays' names begin with `prefix`."""
+    held, batch_size, num_layers = _described(file, description)
     _check_config(file.path, held, config)
     try:
         whole = jax.eval_shape(lambda: init(held, batch_size, num_layers))
     except MALFORMED as error:
         raise file.malformed(error) from None
-    end, lost = (file.array(n, leaf.shape, leaf.dtype) for n, leaf in _positions(whole).items())
+    end, lost = (
+        file.array(prefix + n, leaf.shape, leaf.dtype) for n, leaf in _positions(whole).items()
+    )
     if not ring.is_sound(held, end, lost).all():
         raise StorageError(f"{file.path} has positions that no verb leaves: save the state anew")
-    chosen, axis = _chosen(rows, batch_size), end.ndim - 1
-    wanted = jax.eval_shape(lambda: init(held, len(chosen), num_layers))
+    taken, axis = chosen(rows, batch_size), end.ndim - 1
+    wanted = jax.eval_shape(lambda: init(held, len(taken), num_layers))
     _check_memory(file.path, wanted)
 
-    def read(where: Any, stored: Any, full: Any) -> jax.Array:
-        part = np.take(file.array(_name(where), stored.shape, stored.dtype), chosen, axis=axis)
-        array = np.zeros(full.shape, full.dtype)
-        array[tuple(slice(size) for size in part.shape)] = part
-        return jnp.asarray(array)
+    def array(where: Any, stored: Any, full: Any) -> jax.Array:
+        found = file.array(prefix + _name(where), stored.shape, stored.dtype)
+        part = np.take(found, taken, axis=axis)
+        whole_array = np.zeros(full.shape, full.dtype)
+        whole_array[tuple(slice(size) for size in part.shape)] = part
+        return jnp.asarray(whole_array)
 
-    return settled(jax.tree_util.tree_map_with_path(read, _trimmed(whole, end), wanted))
+    return settled(jax.tree_util.tree_map_with_path(array, _trimmed(whole, end), wanted))
 
 
-def _description(state: CacheState) -> dict[str, Any]:
+def description_of(state: CacheState) -> dict[str, Any]:
+    """What `read` must know of a state, as JSON."""
     # The chain follows from the config, but by rules that another version may change: it says how
     # to read the codes.
     chain = [dataclasses.asdict(tier) for tier in state.config.chain]
@@ -128,7 +155,7 @@ def _description(state: CacheState) -> dict[str, Any]:
     }
 
 
-def _arrays(state: CacheState) -> dict[str, np.ndarray]:
+def arrays_of(state: CacheState) -> dict[str, np.ndarray]:
     """The state's arrays by name, without the slots at the end of a ring that have never been
     written."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -199,10 +226,9 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _described(file: SignedFile) -> tuple[KvCacheConfig, int, int | None]:
+def _described(file: SignedFile, description: Any) -> tuple[KvCacheConfig, int, int | None]:
     """The config, rows and layers of a file, if they mean here what they meant there."""
     try:
-        description = file.metadata("cache")
         fields = dict(description["config"])
         chain, sizes = description["chain"], (description["batch_size"], description["num_layers"])
     except MALFORMED as error:
@@ -244,14 +270,15 @@ def _check_config(path: str, held: KvCacheConfig, wanted: KvCacheConfig | None) 
     )
 
 
-def _chosen(rows: int | Sequence[int] | None, batch_size: int) -> np.ndarray:
-    chosen = np.arange(batch_size) if rows is None else np.atleast_1d(np.asarray(rows))
+def chosen(rows: int | Sequence[int] | None, batch_size: int) -> np.ndarray:
+    """The rows that are asked for, as an array; all for None."""
+    found = np.arange(batch_size) if rows is None else np.atleast_1d(np.asarray(rows))
     if (
-        chosen.ndim != 1
-        or not len(chosen)
-        or chosen.dtype.kind != "i"
-        or (chosen < 0).any()
-        or (chosen >= batch_size).any()
+        found.ndim != 1
+        or not len(found)
+        or found.dtype.kind != "i"
+        or (found < 0).any()
+        or (found >= batch_size).any()
     ):
         raise ValueError(f"rows={rows}: must be rows of the file, 0 .. {batch_size - 1}")
-    return chosen
+    return found

@@ -23,7 +23,7 @@ def node(kind: type[T]) -> type[T]:
     def read(text: bytes | bytearray) -> tuple[Any, ...]:
         hints = typing.get_type_hints(kind) if static else {}
         values = zip(static, json.loads(text), strict=True)
-        return tuple(_typed(hints[name], value) for name, value in values)
+        return tuple(typed(hints[name], value) for name, value in values)
 
     def build(aux_data: Any, children: Any) -> Any:
         named = zip((*data, *static), (*children, *aux_data), strict=True)
@@ -33,7 +33,7 @@ def node(kind: type[T]) -> type[T]:
     jax.export.register_pytree_node_serialization(
         kind,
         serialized_name=f"{kind.__module__}.{kind.__qualname__}",
-        serialize_auxdata=lambda values: json.dumps(_plain(list(values))).encode(),
+        serialize_auxdata=lambda values: json.dumps(plain(list(values))).encode(),
         deserialize_auxdata=read,
         from_children=build,
     )
@@ -44,25 +44,25 @@ def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(kind)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A static value as JSON has it."""
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in _fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {field.name: plain(getattr(value, field.name)) for field in _fields(value)}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """The inverse of `_plain`, for a value of the type `hint`."""
+def typed(hint: Any, value: Any) -> Any:
+    """The inverse of `plain`, for a value of the type `hint`."""
     options = typing.get_args(hint) or (hint,)
     if isinstance(value, list):
-        return tuple(_typed(options[0], item) for item in value)
+        return tuple(typed(options[0], item) for item in value)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints = typing.get_type_hints(option)
             return typing.cast(Any, option)(
-                **{name: _typed(hints[name], item) for name, item in value.items()}
+                **{name: typed(hints[name], item) for name, item in value.items()}
             )
         if isinstance(option, type) and issubclass(option, enum.Enum) and value is not None:
             return option(value)

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from jaxkv import batch, drop, state, update
+from jaxkv import batch, drop, state, storage, update
 from jaxkv.attend import attend as attend_state
 from jaxkv.drafts import keep as keep_state
 from jaxkv.extend import extend as extend_state
 from jaxkv.extend import prefill as prefill_state
-from jaxkv.models import verbs
+from jaxkv.models import files, verbs
 from jaxkv.models.layers import Layers
 from jaxkv.padding import positions as positions_state
+from jaxkv.state import CacheState
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -46,3 +48,14 @@ replace_rows = _either(batch.replace_rows, verbs.replace_rows)
 keep = _either(keep_state, verbs.keep)
 positions = _either(positions_state, verbs.positions)
 stats = _either(state.stats, verbs.stats)
+
+
+def save(path: str | os.PathLike[str], state: CacheState | Layers) -> None:
+    """`storage.save` of a state, or of `Layers`, which `load_layers` reads."""
+    if isinstance(state, Layers):
+        files.save(path, state)
+    else:
+        storage.save(path, state)
+
+
+load_layers = files.load

@@ -177,6 +177,16 @@ def test_a_scan_over_layers_is_the_loop() -> None:
     assert_same(scanned, state)
 
 
+def test_drafts_and_shared_layers() -> None:
+    """Several tokens at once, in layers that only look, too: rewind_length leaves room for them."""
+    specs = layers_of("fp32", rewind_length=4)
+    _, outs = run(jaxkv.init_layers(specs, B), (5,) * 6)
+    for i in (0, 3, 4):
+        source = tokens(TOTAL)[i if specs[i].shares is None else specs[i].shares]
+        wanted = dense(tokens(TOTAL)[i], source, specs[i])
+        np.testing.assert_allclose(outs[i], wanted, rtol=2e-5, atol=2e-6)
+
+
 def test_prefill_then_steps_is_dense_attention() -> None:
     """A prompt longer than the window, whose oldest tokens no sliding layer keeps."""
     state = jaxkv.init_layers(layers_of("fp32"), B)

@@ -202,7 +202,7 @@ def test_chains_that_this_version_would_choose_otherwise(
 ) -> None:
     """The config alone does not say how codes are to be read; a file whose formats differ is
     refused."""
-    description = storage._description
+    description = storage.description_of
 
     def other(state: CacheState) -> dict[str, Any]:
         found = json.loads(json.dumps(description(state)))
@@ -210,7 +210,7 @@ def test_chains_that_this_version_would_choose_otherwise(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_description", other)
+        patch.setattr(storage, "description_of", other)
         save(path, filled("Q4", 3))
     refuses(path, "has tiers in formats that this jaxkv would choose otherwise")
 

@@ -120,7 +120,7 @@ def init_layers(
     for number, spec in enumerate(specs):
         if spec.keeps and spec.config is None:
             raise ValueError(f"layer {number} has no config: make the specs with `layers_of`")
-    stacks = tuple(init(config, batch_size, num_layers=count) for config, count in _stacked(specs))
+    stacks = tuple(init(config, batch_size, num_layers=count) for config, count in stacked(specs))
     if not stacks:
         raise ValueError("no layer keeps tokens: there is nothing to hold")
     given = dict(own or {})
@@ -173,7 +173,7 @@ def _places(specs: tuple[LayerSpec, ...]) -> tuple[Place | None, ...]:
     return tuple(found)
 
 
-def _stacked(specs: tuple[LayerSpec, ...]) -> list[tuple[KvCacheConfig, int]]:
+def stacked(specs: tuple[LayerSpec, ...]) -> list[tuple[KvCacheConfig, int]]:
     """The config of each stack, and how many layers it has."""
     kept = [(specs[i].config, place) for i, place in enumerate(_places(specs)) if specs[i].keeps]
     sizes: dict[int, tuple[KvCacheConfig, int]] = {}
