@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import gguf_model
 import jax
@@ -25,13 +26,14 @@ from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 import jaxkv
+from jaxkv.plan import plan
 
 BLOCK = 16  # tokens that one call decodes, and so are printed at once
 PREFILL_CHUNK = 512  # prompt tokens that one call takes in
 PRECISIONS = [precision.value for precision in jaxkv.Precision]
 FLAGS = {"symmetric", "rotate", "align", "center"}
 
-Decode = Callable[..., tuple[jaxkv.CacheState, jax.Array]]
+Decode = Callable[..., tuple[jaxkv.Layers, jax.Array]]
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -69,19 +71,14 @@ def quant_spec(recipe: str) -> jaxkv.QuantSpec:
     )
 
 
-def cache_config(
-    args: argparse.Namespace, model: llama.LlamaConfig, max_tokens: int
-) -> jaxkv.KvCacheConfig:
+def cache_fields(args: argparse.Namespace, max_tokens: int) -> dict[str, Any]:
     """The cache that the options describe; a floating-point store is a single tier, and needs no
     tail."""
     single = not jaxkv.Precision(args.store).is_quantized
-    return jaxkv.KvCacheConfig(
+    return dict(
         tail_length=max_tokens if single else args.tail,
         tail_precision=args.store if single else args.tail_precision,
         store_precision=args.store,
-        max_tokens=max_tokens,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
         sink_tokens=0 if single else args.sinks,
         warm_length=0 if single else args.warm,
         warm_precision=args.warm_precision,
@@ -89,6 +86,14 @@ def cache_config(
         value_quant=args.values,
         migration=args.migration,
     )
+
+
+def cache_config(
+    args: argparse.Namespace, model: llama.LlamaConfig, max_tokens: int
+) -> jaxkv.KvCacheConfig:
+    """The same cache for every layer."""
+    heads = {"num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
+    return jaxkv.KvCacheConfig(max_tokens=max_tokens, **heads, **cache_fields(args, max_tokens))
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -134,8 +139,8 @@ def encode_prompt(args: argparse.Namespace, model: gguf_model.Model) -> list[int
 
 
 def prefill(
-    model: llama.LlamaConfig, params: llama.Params, state: jaxkv.CacheState, prompt: list[int]
-) -> tuple[jaxkv.CacheState, jax.Array]:
+    model: llama.LlamaConfig, params: llama.Params, state: jaxkv.Layers, prompt: list[int]
+) -> tuple[jaxkv.Layers, jax.Array]:
     """Takes in the prompt chunk by chunk, and returns the state and the next token's logits [1,
     V]."""
     for start in tqdm(range(0, len(prompt), PREFILL_CHUNK), "prefill", unit="chunk"):
@@ -148,7 +153,7 @@ def prefill(
 def compile_decode(
     model: llama.LlamaConfig,
     params: llama.Params,
-    state: jaxkv.CacheState,
+    state: jaxkv.Layers,
     attention: llama.Attention,
 ) -> Decode:
     """The loop over BLOCK tokens, compiled ahead, so that no timing includes it."""
@@ -159,11 +164,11 @@ def compile_decode(
 
 def timed(
     decode: Decode,
-    state: jaxkv.CacheState,
+    state: jaxkv.Layers,
     token: jax.Array,
     key: jax.Array,
     temperature: float = 0.0,
-) -> tuple[jaxkv.CacheState, jax.Array, float]:
+) -> tuple[jaxkv.Layers, jax.Array, float]:
     """One block after token [1]: the state, the tokens [1, BLOCK], and the seconds it took."""
     start = time.perf_counter()
     state, tokens = decode(state, token, key, jnp.float32(temperature))
@@ -173,13 +178,13 @@ def timed(
 
 def generate(
     decode: Decode,
-    state: jaxkv.CacheState,
+    state: jaxkv.Layers,
     token: jax.Array,
     keys: Sequence[jax.Array],
     temperature: float,
     tokenizer: Tokenizer,
     stop: int | None,
-) -> tuple[jaxkv.CacheState, list[float]]:
+) -> tuple[jaxkv.Layers, list[float]]:
     """Prints token [1] and a block per key, up to `stop`; returns the state and the blocks'
     seconds."""
     text, seconds = DecodeStream(skip_special_tokens=True), []
@@ -198,7 +203,7 @@ def generate(
 
 
 def cache_share(
-    with_cache: Decode, without_cache: Decode, state: jaxkv.CacheState, pairs: int
+    with_cache: Decode, without_cache: Decode, state: jaxkv.Layers, pairs: int
 ) -> float:
     """The share of a step that the cache takes: the same loop with and without it, in turns,
     medians."""
@@ -210,24 +215,15 @@ def cache_share(
     return 1 - statistics.median(seconds[1]) / statistics.median(seconds[0])
 
 
-def report(
-    config: jaxkv.KvCacheConfig, num_layers: int, seconds: list[float], share: float
-) -> None:
+def report(layers: Sequence[jaxkv.LayerSpec], seconds: list[float], share: float) -> None:
     """Prints the table at the end; `seconds` are the times of the blocks."""
-    plain = jaxkv.KvCacheConfig(
-        tail_length=config.max_tokens,
-        max_tokens=config.max_tokens,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    ours, theirs = (
-        jaxkv.nbytes(jaxkv.init(each, num_layers=num_layers)) for each in (config, plain)
-    )
+    found = plan(layers)
+    ours, theirs = found.total_bytes, found.fp16_bytes
     rows = {
         "tokens generated": f"{BLOCK * len(seconds):,}",
         "tokens/s": f"{BLOCK * len(seconds) / sum(seconds):.1f}",
         "share of a step spent in the cache": f"{share:.0%}",
-        f"bytes of the cache ({config.max_tokens:,} tokens)": f"{ours:,}",
+        f"bytes of the cache ({found.max_tokens:,} tokens)": f"{ours:,}",
         "the same in fp16": f"{theirs:,} ({theirs / ours:.2f}x)",
     }
     for name, value in rows.items():
@@ -245,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompt = encode_prompt(args, loaded)
     max_tokens = max(len(prompt) + args.tokens + BLOCK, args.sinks + args.warm + args.tail)
-    config = cache_config(args, model, max_tokens)
-    state = jaxkv.init(config, num_layers=model.num_layers)
+    layers = llama.caches_of(model, "q4", max_tokens, **cache_fields(args, max_tokens))
+    state = jaxkv.init_layers(layers)
 
     state, logits = prefill(model, stacked, state, prompt)
     key, *keys = jax.random.split(jax.random.key(args.seed), 1 - args.tokens // -BLOCK)
@@ -259,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     stop = None if args.context else loaded.end_token  # a text has no end
     state, seconds = generate(decode, state, token, keys, args.temperature, tokenizer, stop)
     share = cache_share(decode, without_cache, state, pairs=2 if args.quick else 5)
-    report(config, model.num_layers, seconds, share)
+    report(layers, seconds, share)
 
 
 if __name__ == "__main__":

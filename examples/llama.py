@@ -109,6 +109,26 @@ def skipped(
     return state, query + jnp.repeat(keys + values, query.shape[2] // keys.shape[2], axis=2)
 
 
+def caches_of(config: LlamaConfig, preset: str, max_tokens: int, **fields: Any) -> Any:
+    """What each layer caches, as `jaxkv.layers_of` reads it from the fields of a config."""
+    has_windows = config.window is not None
+    return jaxkv.layers_of(
+        {
+            "model_type": "gemma3_text" if has_windows else "llama",
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "query_pre_attn_scalar": config.head_dim,
+            "sliding_window": config.window,
+            "sliding_window_pattern": config.global_every if has_windows else None,
+        },
+        preset,
+        max_tokens,
+        **fields,
+    )
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
@@ -168,28 +188,46 @@ def forward(
 ) -> tuple[State, Array]:
     """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B,
     T, D]."""
-    start = 0 if state is None else state.end[0][:, None]  # layers agree between calls
-    positions = start + jnp.arange(tokens.shape[1])[None]
+    size = tokens.shape[1]
+    positions = jnp.arange(size)[None] if state is None else jaxkv.positions(state, size)
     angles = rotary_angles(config, positions)
+    by_layer = isinstance(state, jaxkv.Layers)  # each with its own window
 
-    def of_layer(index: Index) -> tuple[Array, Attention]:
+    def of_layer(index: Index, like: int) -> tuple[Array, Attention]:
         if config.window is None:
-            return angles, partial(attention, layer=index)
+            return angles, partial(attention, layer=(like, index) if by_layer else index)
+        local = rotary_angles(config, positions, config.window_rope_base)
+        if by_layer:
+            is_global = (like + 1) % config.global_every == 0
+            return angles if is_global else local, partial(attention, layer=(like, index))
         is_global = (index + 1) % config.global_every == 0
         window = jnp.where(is_global, jnp.iinfo(jnp.int32).max, config.window)
-        local = rotary_angles(config, positions, config.window_rope_base)
         return jnp.where(is_global, angles, local), partial(attention, layer=index, window=window)
 
-    def step(carry: Attended, layer: tuple[Index, Layer]) -> tuple[Attended, None]:
-        (state, x), (index, weights) = carry, layer
-        return run_layer(config, weights, state, x, *of_layer(index)), None
+    def step(carry: Attended, index: Index, like: int, weights: Layer) -> Attended:
+        return run_layer(config, weights, *carry, *of_layer(index, like))
+
+    # A scan needs layers that are alike: with windows by layer, whole periods of them.
+    period = config.global_every if by_layer and config.window is not None else 1
+
+    def block(carry: Attended, inputs: tuple[Array, Layer]) -> tuple[Attended, None]:
+        for j in range(period):
+            weights = jax.tree.map(lambda leaf, j=j: leaf[j], inputs[1])
+            carry = step(carry, inputs[0] + j, j, weights)
+        return carry, None
 
     carry = state, params.embedding[tokens] * config.embedding_scale
-    if isinstance(params.layers, Layer):
-        carry, _ = jax.lax.scan(step, carry, (jnp.arange(config.num_layers), params.layers))
-    else:
-        for layer in enumerate(params.layers):
-            carry, _ = step(carry, layer)
+    layers = params.layers
+    scanned = config.num_layers - config.num_layers % period if isinstance(layers, Layer) else 0
+    if isinstance(layers, Layer):
+        blocks = jax.tree.map(
+            lambda leaf: leaf[:scanned].reshape(-1, period, *leaf.shape[1:]), layers
+        )
+        carry, _ = jax.lax.scan(block, carry, (jnp.arange(0, scanned, period), blocks))
+        rest = range(scanned, config.num_layers)
+        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in rest)
+    for index, weights in enumerate(layers, scanned):
+        carry = step(carry, index, index, weights)
     state, x = carry
     return state, rms_norm(x, params.norm, config.norm_eps)
 
