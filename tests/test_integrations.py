@@ -23,7 +23,11 @@ SMALL: dict[str, Any] = {"max_tokens": 16, "tail_length": 4}
 
 # Preset -> the largest difference from their outputs, which are about 1.
 BOUNDS = {"fp32": 4e-6, "q8": 2e-2, "q4": 2e-1}
-presets = pytest.mark.parametrize(("preset", "bound"), BOUNDS.items(), ids=BOUNDS)
+slow = {"q8": [pytest.mark.slow], "q4": [pytest.mark.slow]}
+presets = pytest.mark.parametrize(
+    ("preset", "bound"),
+    [pytest.param(*item, marks=slow.get(item[0], []), id=item[0]) for item in BOUNDS.items()],
+)
 
 
 def by_steps(call: Any) -> jax.Array:
