@@ -45,6 +45,7 @@ def save(path: str | os.PathLike[str], state: CacheState) -> None:
       ValueError: the state's arrays are on other hosts too, or its positions are none that a verb
         leaves.
     """
+    check_rows_apart(state, "save")
     write(path, arrays_of(state), description_of(state))
 
 
@@ -58,7 +59,6 @@ def write(
         raise ImportError(
             "jaxkv.save needs the package safetensors: pip install 'jaxkv[storage]'"
         ) from error
-    check_rows_apart(state, "save")
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}.partial"
     metadata = {
