@@ -31,7 +31,7 @@ from jaxkv.plan import plan
 BLOCK = 16  # tokens that one call decodes, and so are printed at once
 PREFILL_CHUNK = 512  # prompt tokens that one call takes in
 PRECISIONS = [precision.value for precision in jaxkv.Precision]
-FLAGS = {"symmetric", "rotate", "align", "center"}
+FLAGS = {"symmetric", "rotate", "align", "center", "balance", "turned_mean", "two_level"}
 
 Decode = Callable[..., tuple[jaxkv.Layers, jax.Array]]
 
@@ -53,7 +53,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--migration", choices=[mode.value for mode in jaxkv.Migration], default="eager"
     )
-    recipe = "recipe of the store: bits, group size, then any of channel, symmetric, rotate, align, center"
+    recipe = "recipe of the store: bits, group size, then any of channel, symmetric, rotate, align, balance, turned_mean, two_level"
     group.add_argument("--keys", type=quant_spec, metavar="4,64,rotate", help=recipe)
     group.add_argument("--values", type=quant_spec, metavar="4,32", help="the same for values")
 
@@ -85,6 +85,7 @@ def cache_fields(args: argparse.Namespace, max_tokens: int) -> dict[str, Any]:
         key_quant=args.keys,
         value_quant=args.values,
         migration=args.migration,
+        rotary=model.rotary,
     )
 
 

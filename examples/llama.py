@@ -33,6 +33,21 @@ class LlamaConfig:
     window_rope_base: float = 1e4  # of those layers
     global_every: int = 6
 
+    @property
+    def rotary(self) -> jaxkv.Rotary:
+        """The rotary embedding, as a cache is told of it."""
+        bases = [
+            self.rope_base if (i + 1) % self.global_every == 0 else self.window_rope_base
+            for i in range(self.num_layers)
+        ]
+        factors = self.rope_factors
+        return jaxkv.Rotary(
+            self.rope_base,
+            "halves" if self.rope_halves else "interleaved",
+            None if factors is None else tuple(1 / factor for factor in factors),
+            layer_bases=None if self.window is None else tuple(bases),
+        )
+
 
 class Layer(NamedTuple):
     """The weights of one layer, or of all layers stacked with a leading L."""

@@ -148,7 +148,7 @@ def fp32_config(model: llama.LlamaConfig, length: int) -> jaxkv.KvCacheConfig:
 
 def bits_per_element(config: jaxkv.KvCacheConfig) -> float:
     """Bits of memory, metadata included, that one more element of the last tier takes."""
-    more = 1024
+    more, config = 1024, dataclasses.replace(config, rotary=None)  # what a row learns is no token's
     tail_more = more if config.tail_length == config.max_tokens else 0
     longer = dataclasses.replace(
         config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more

@@ -59,6 +59,7 @@ def named_caches(model: llama.LlamaConfig, max_tokens: int) -> dict[str, jaxkv.K
         "max_tokens": max_tokens,
         "num_kv_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
+        "rotary": model.rotary,
     }
     sinks = {"sink_tokens": 64}
     aligned, fine = (QuantSpec(4, group, rotate=True, align=True) for group in (64, 32))

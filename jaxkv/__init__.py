@@ -27,6 +27,7 @@ from jaxkv.objects import (
 )
 from jaxkv.padding import valid_from_mask
 from jaxkv.presets import PRESETS, exact_ends, preset
+from jaxkv.rotary import Rotary
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
 from jaxkv.state import CacheState, KvCacheStats, init, nbytes
@@ -79,6 +80,7 @@ __all__ = [
     "PooledKvCacheStats",
     "Precision",
     "QuantSpec",
+    "Rotary",
     "Scoring",
     "Status",
     "StorageError",

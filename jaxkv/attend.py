@@ -22,7 +22,7 @@ from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.place import Index
-from jaxkv.tiers.tokens import Tokens, basis_of, only
+from jaxkv.tiers.tokens import Tokens, basis_of, only, turned_mean_of
 
 QUERY_BLOCK = 128
 """Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""
@@ -176,8 +176,13 @@ def over_segments(
             mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
             if mean_score is not None:
                 mean_score = softmax.bounded(mean_score * unit)
+            turned = turned_mean_of(part.tier.keys, part.spec.rotary, layer)
+            operand = None if turned is None else turned.operand(folded) * unit
 
             def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
+                if turned is not None and operand is not None:
+                    added = turned.score(only(operand, row), key)
+                    scores = softmax.bounded(scores + added.reshape(scores.shape))
                 if mean_score is not None and capped:
                     scores = scores + only(mean_score, row).reshape(*scores.shape[:4], 1)
                 return scoring.row(row).adjust(scores, only(position, row), key)
@@ -187,7 +192,7 @@ def over_segments(
                 key_basis.query(folded),
                 unit,
                 visible,
-                adjust if scoring.changes_scores else None,
+                adjust if scoring.changes_scores or turned is not None else None,
                 newest,
                 layer,
                 position=position,

@@ -15,9 +15,17 @@ from jaxkv.formats import (
     Format,
     Precision,
     QuantSpec,
+    adapting,
     channel_group,
+    learns,
+    of_values,
     unaligned,
 )
+from jaxkv.rotary import Rotary
+
+LEAST_LEARNT = 16
+"""Tokens that a balance or a mean before the rotary embedding takes to learn; of fewer it is
+chance."""
 
 
 class Migration(enum.StrEnum):
@@ -49,6 +57,7 @@ class TierSpec:
     offset: int
     key: Format
     value: Format
+    rotary: Rotary | None = None  # of the model, where the keys' format asks for it
 
     @property
     def group(self) -> int:
@@ -74,6 +83,8 @@ class KvCacheConfig:
       window_sinks: the default `window_sinks`: whether sinks are seen through a window.
       rewind_length: how many of the newest tokens `rewind` takes back without a trace (spare slots
         in every ring).
+      rotary: the model's rotary embedding, by the cache's own positions. With it the store takes
+        the mean of the keys before the embedding out of them, where that pays (a large key bias).
     """
 
     tail_length: int = 256
@@ -93,12 +104,17 @@ class KvCacheConfig:
     rewind_length: int = 0
     window: int | None = None
     window_sinks: bool = True
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         for name in ("tail_precision", "store_precision", "warm_precision"):
             object.__setattr__(self, name, _as_enum(Precision, name, getattr(self, name)))
         object.__setattr__(self, "migration", _as_enum(Migration, "migration", self.migration))
         _check_sizes(self)
+        if self.rotary is not None:
+            if not isinstance(self.rotary, Rotary):
+                raise ValueError(f"rotary={self.rotary!r}: must be a jaxkv.Rotary, or None")
+            self.rotary.check(self.head_dim)
         _check_groups(self)
 
     @property
@@ -147,8 +163,8 @@ class KvCacheConfig:
             (
                 "cold",
                 store_length,
-                self._resolve(self.key_quant) or store,
-                self._resolve(self.value_quant) or store,
+                self._of_keys(self._resolve(self.key_quant) or store),
+                of_values(self._resolve(self.value_quant) or store),
             ),
         ]
         held = [tier for tier in wanted if tier[1] > 0]
@@ -161,9 +177,18 @@ class KvCacheConfig:
                 self.sink_tokens,
                 key,
                 value,
+                self.rotary if isinstance(key, QuantSpec) and key.turned_mean else None,
             )
             for i, (name, length, key, value) in enumerate(held)
         )
+
+    def _of_keys(self, fmt: Format) -> Format:
+        """The store's format of keys with what it can learn: from a handful of tokens, nothing."""
+        if (self.warm_length or self.tail_length) < LEAST_LEARNT:
+            return of_values(fmt)
+        if self.rotary is None and isinstance(fmt, QuantSpec):
+            return dataclasses.replace(fmt, turned_mean=False)
+        return fmt
 
     def _capacity(
         self, length: int, is_first: bool, is_last: bool, key: Format, value: Format
@@ -175,10 +200,8 @@ class KvCacheConfig:
         rewound = -(-self.rewind_length // arrival) * arrival
         # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no
         # exact rewind leaves it so.
-        learns = self.rewind_length > 0 and any(
-            isinstance(fmt, QuantSpec) and fmt.align for fmt in (key, value)
-        )
-        spare = self.rewind_length + learns if is_last else self.step - 1 + max(arrival, rewound)
+        learning = self.rewind_length > 0 and (learns(key) or learns(value))
+        spare = self.rewind_length + learning if is_last else self.step - 1 + max(arrival, rewound)
         unit = max(channel_group(key), channel_group(value))
         if length >= LONG_RING:
             unit = math.lcm(unit, LANES)
@@ -200,9 +223,9 @@ class KvCacheConfig:
 
 _DEFAULT_SPECS = {
     Precision.Q8: QuantSpec(8),
-    Precision.Q4: QuantSpec(4, rotate=True, align=True),
-    Precision.Q4K: QuantSpec(4, rotate=True, align=True, two_level=True),
-    Precision.Q2: QuantSpec(2, rotate=True, align=True),
+    Precision.Q4: adapting(4),
+    Precision.Q4K: adapting(4, two_level=True),
+    Precision.Q2: adapting(2),
 }
 
 

@@ -60,6 +60,11 @@ class QuantSpec:
       two_level: scales and zero points are small integers (8 bits) under one 16-bit unit per token
         (k-quants; Q4K), so that groups of half the size cost the same.
       center: subtract a mean that the caller gives to `init` (a key bias known beforehand).
+      balance: of keys: a factor per channel, learnt from the row's first tokens where its channels
+        are uneven; the query takes it back.
+      turned_mean: of keys: their mean before the rotary embedding, learnt from the row's first
+        tokens where it pays, is taken out at each position, and its score given back. Needs
+        `KvCacheConfig(rotary=...)`, and does nothing without.
     """
 
     bits: int
@@ -70,6 +75,8 @@ class QuantSpec:
     align: bool = False
     center: bool = False
     two_level: bool = False
+    balance: bool = False
+    turned_mean: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -103,8 +110,36 @@ class QuantSpec:
 Format = Precision | QuantSpec  # a float Precision, or a QuantSpec with its group size resolved
 
 
+def adapting(bits: int, group_size: int | None = None, two_level: bool = False) -> QuantSpec:
+    """Codes in a basis that learns all it can."""
+    return QuantSpec(
+        bits,
+        group_size,
+        rotate=True,
+        align=True,
+        two_level=two_level,
+        balance=True,
+        turned_mean=True,
+    )
+
+
+def learns(fmt: Format) -> bool:
+    """Whether a tier of this format learns a basis from a row's first tokens."""
+    return isinstance(fmt, QuantSpec) and (fmt.align or fmt.balance or fmt.turned_mean)
+
+
 def unaligned(fmt: Format) -> Format:
-    return dataclasses.replace(fmt, align=False) if isinstance(fmt, QuantSpec) else fmt
+    """A format that learns nothing."""
+    if not isinstance(fmt, QuantSpec):
+        return fmt
+    return dataclasses.replace(fmt, align=False, balance=False, turned_mean=False)
+
+
+def of_values(fmt: Format) -> Format:
+    """A format without what is only for keys."""
+    if not isinstance(fmt, QuantSpec):
+        return fmt
+    return dataclasses.replace(fmt, balance=False, turned_mean=False)
 
 
 def channel_group(fmt: Format) -> int:
@@ -118,8 +153,8 @@ def channel_group(fmt: Format) -> int:
 
 def plain(fmt: Format) -> Format:
     """The format of the codes alone, whatever basis they are in."""
-    return (
-        dataclasses.replace(fmt, rotate=False, align=False, center=False)
-        if isinstance(fmt, QuantSpec)
-        else fmt
+    if not isinstance(fmt, QuantSpec):
+        return fmt
+    return QuantSpec(
+        fmt.bits, fmt.group_size, fmt.axis, symmetric=fmt.symmetric, two_level=fmt.two_level
     )

@@ -84,11 +84,11 @@ def take_in(
     """The tiers after `new` has entered the first and all that is due has moved on; the last one's
     slots may be those of `pages`."""
     places = [None] * (len(tiers) - 1) + [pages]
-    first = aligned(
+    first = adapted(
         tiers[0],
         config.chain[0],
         passage.is_first(new.first, new.stop),
-        lambda: first_of(new),
+        lambda: (*first_of(new), new.first[:, None]),
         layer,
     )
     first = store(first, config.chain[0], new, layer, implementation, places[0])
@@ -102,7 +102,7 @@ def take_in(
                 passage.new_low[index - 1],
             )
             first_tokens = functools.partial(source.first_tokens, upper)
-            ready = aligned(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
+            ready = adapted(tier, spec, passage.is_first(upper, new_upper), first_tokens, layer)
             arrival = source.leaving(passage)
             done.append(store(ready, spec, arrival, layer, implementation, places[index]))
             source = Source(config, index, tier, done[-1], arrival, layer)
@@ -165,10 +165,12 @@ def store(
         whole,
         pages,
     )
-    keys = dispatch.write(tier.keys, spec.key, arrival.keys, run, layer, implementation)
-    return Tier(
-        keys, dispatch.write(tier.values, spec.value, arrival.values, run, layer, implementation)
-    )
+    keys, turned = arrival.keys, tokens.turned_mean_of(tier.keys, spec.rotary, layer)
+    if turned is not None:
+        keys = keys.astype(jnp.float32) - turned.at(_positions(base, arrival.size))
+    written = dispatch.write(tier.keys, spec.key, keys, run, layer, implementation)
+    values = dispatch.write(tier.values, spec.value, arrival.values, run, layer, implementation)
+    return Tier(written, values)
 
 
 def _from(arrival: Arrival, index: jax.Array, size: int) -> Arrival:
@@ -218,11 +220,13 @@ class Source:
         position = jnp.maximum(_positions(base, size), passage.kept[:, self.index, None])
         return Arrival(*self.tokens_at(position), base, *passage.into(self.config, self.index + 1))
 
-    def first_tokens(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Some of the tokens from `first` on: `ALIGN_TOKENS` without the `ODD_TOKENS`."""
+    def first_tokens(self, first: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Some of the tokens from `first` on, and their positions [B, n]: `ALIGN_TOKENS` without
+        the `ODD_TOKENS`."""
         size = min(ALIGN_TOKENS, self.spec.length)
         skip = min(max(ODD_TOKENS - self.config.sink_tokens, 0), size - 1)
-        return self.tokens_at(_positions(first + skip, size - skip))
+        position = _positions(first + skip, size - skip)
+        return *self.tokens_at(position), position
 
     def tokens_at(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, M, K, H] of positions [B, M] that the tier holds or held before the
@@ -254,30 +258,31 @@ class Source:
         return keys, half(self.old.values, self.written.values, spec.value, self.arrival.values)
 
 
-def aligned(
+def adapted(
     tier: Tier,
     spec: TierSpec,
     entering: jax.Array,
-    first: Callable[[], tuple[jax.Array, jax.Array]],
+    first: Callable[[], tuple[jax.Array, jax.Array, jax.Array]],
     layer: Index,
 ) -> Tier:
-    """The tier with its mirrors set where a row's first tokens are `entering` [B]; `first` gives
-    some of those, [B, n, K, H]."""
+    """The tier with its basis learnt where a row's first tokens are `entering` [B]; `first` gives
+    some of those, [B, n, K, H], and their positions [B, n]."""
     halves = (tier.keys, spec.key), (tier.values, spec.value)
-    old = [half.mirror for half, _ in halves]
-    if old == [None, None]:
+    old = [tokens.learnt(half) for half, _ in halves]
+    if not any(old):
         return tier
 
-    def look(mirrors: list[jax.Array | None]) -> list[jax.Array | None]:
+    def look(old: list[dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
+        *sides, position = first()
         return [
-            mirror if mirror is None else tokens.new_mirror(half, fmt, x, entering, layer)
-            for mirror, (half, fmt), x in zip(mirrors, halves, first(), strict=True)
+            tokens.learn(half, fmt, spec.rotary, x, position, entering, layer)
+            for (half, fmt), x in zip(halves, sides, strict=True)
         ]
 
     new = lax.switch(entering.any().astype(jnp.int32), [lambda same: same, look], old)
     return Tier(
         *(
-            dataclasses.replace(half, mirror=mirror)
-            for (half, _), mirror in zip(halves, new, strict=True)
+            dataclasses.replace(half, **learnt)
+            for (half, _), learnt in zip(halves, new, strict=True)
         )
     )

@@ -6,12 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxkv.config import KvCacheConfig, Migration
-from jaxkv.formats import Precision, QuantSpec
-
-
-def _coded(bits: int, group_size: int | None = None) -> QuantSpec:
-    return QuantSpec(bits, group_size, rotate=True, align=True)
-
+from jaxkv.formats import Precision, QuantSpec, adapting
 
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "FP32": (
@@ -40,8 +35,8 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Q4_BIAS": (
         dict(
-            key_quant=QuantSpec(4, 32, axis="channel"),
-            value_quant=_coded(4),
+            key_quant=QuantSpec(4, 32, axis="channel", turned_mean=True),
+            value_quant=adapting(4),
             migration=Migration.BATCHED,
             migration_batch=32,
             sink_tokens=64,
@@ -50,7 +45,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
         "elsewhere, too.",
     ),
     "K4V2": (
-        dict(key_quant=_coded(4), value_quant=_coded(2), sink_tokens=64),
+        dict(key_quant=adapting(4), value_quant=adapting(2), sink_tokens=64),
         "A fifth of the memory: values bear 2 bits, keys do not.",
     ),
     "Q2": (
@@ -111,5 +106,6 @@ def exact_ends(
         sink_tokens=config.sink_tokens,
         rewind_length=config.rewind_length,
         window=config.window,
+        rotary=config.rotary,
     )
     return [exact if i < first or i >= num_layers - last else config for i in range(num_layers)]

@@ -111,7 +111,10 @@ def share(config: KvCacheConfig, mesh: AnyMesh, axes: Axes) -> KvCacheConfig:
         )
     lengths = {name: getattr(config, name) // parts for name in names}
     lengths["rewind_length"] = -(-config.rewind_length // parts)
-    return dataclasses.replace(config, num_kv_heads=config.num_kv_heads // heads, **lengths)
+    # A device that holds every C-th position counts its own: the embedding knows others.
+    rotary = config.rotary if parts == 1 else None
+    num_kv_heads = config.num_kv_heads // heads
+    return dataclasses.replace(config, num_kv_heads=num_kv_heads, rotary=rotary, **lengths)
 
 
 def size(mesh: AnyMesh, axis: str | None) -> int:

@@ -104,6 +104,12 @@ def init(
     """
     batch_size = as_int("batch_size", batch_size, 1)
     num_layers = None if num_layers is None else as_int("num_layers", num_layers, 1)
+    bases = None if config.rotary is None else config.rotary.layer_bases
+    if bases is not None and len(bases) != num_layers:
+        raise ValueError(
+            f"num_layers={num_layers}: the rotary embedding has {len(bases)} layer_bases, one for "
+            "each layer"
+        )
     empty = allocated(config, batch_size, num_layers)
     return settled(with_means(empty, key_mean, value_mean), device)
 
@@ -223,12 +229,9 @@ class Segment:
     def codes_only(self) -> Segment:
         """The same codes without their basis, for kernels: they multiply codes, and know nothing of
         means and rotations."""
-        keys, values = (
-            dataclasses.replace(t, mean=None, mirror=None)
-            for t in (self.tier.keys, self.tier.values)
-        )
+        keys, values = (tokens.without_basis(t) for t in (self.tier.keys, self.tier.values))
         spec = dataclasses.replace(
-            self.spec, key=plain(self.spec.key), value=plain(self.spec.value)
+            self.spec, key=plain(self.spec.key), value=plain(self.spec.value), rotary=None
         )
         return dataclasses.replace(self, tier=Tier(keys, values), spec=spec)
 
@@ -300,7 +303,7 @@ def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
         tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim)
         for fmt in (spec.key, spec.value)
     ]
-    arrays = jax.tree.leaves([dataclasses.replace(half, mean=None, mirror=None) for half in halves])
+    arrays = jax.tree.leaves([tokens.without_basis(half) for half in halves])
     return float(sum(array.size * array.dtype.itemsize for array in arrays)) / spec.capacity
 
 
@@ -335,9 +338,10 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
         inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[
             ..., None, None
         ]
-        keys = jnp.where(
-            inside, _tokens_at(part, part.tier.keys, part.spec.key, position, layer), keys
-        )
+        found = _tokens_at(part, part.tier.keys, part.spec.key, position, layer)
+        turned = tokens.turned_mean_of(part.tier.keys, part.spec.rotary, layer)
+        found = found if turned is None else found + turned.at(position)
+        keys = jnp.where(inside, found, keys)
         values = jnp.where(
             inside, _tokens_at(part, part.tier.values, part.spec.value, position, layer), values
         )

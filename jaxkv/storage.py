@@ -30,6 +30,7 @@ from jaxkv import ring
 from jaxkv.config import KvCacheConfig
 from jaxkv.devices import settled
 from jaxkv.formats import Format, QuantSpec
+from jaxkv.rotary import Rotary
 from jaxkv.signed import MALFORMED, NO_DIGEST, VERSION, SignedFile, StorageError, sign
 from jaxkv.state import CacheState, Tier, check_rows_apart, init
 from jaxkv.tiers import tokens
@@ -241,6 +242,7 @@ def _config_of(path: str, fields: dict[str, Any], chain: Any) -> KvCacheConfig:
     try:
         for name in ("key_quant", "value_quant"):
             fields[name] = fields[name] and QuantSpec(**fields[name])
+        fields["rotary"] = fields["rotary"] and Rotary(**fields["rotary"])
         config = KvCacheConfig(**fields)
         own = json.loads(json.dumps([dataclasses.asdict(tier) for tier in config.chain]))
     except MALFORMED as error:

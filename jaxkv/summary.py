@@ -18,7 +18,15 @@ def describe(fmt: Format) -> str:
     unit = f"{fmt.group_size} tokens of a channel" if fmt.axis == "channel" else f"{fmt.group_size}"
     flags = [
         name
-        for name in ("two_level", "symmetric", "rotate", "align", "center")
+        for name in (
+            "two_level",
+            "symmetric",
+            "rotate",
+            "align",
+            "balance",
+            "turned_mean",
+            "center",
+        )
         if getattr(fmt, name)
     ]
     return ", ".join(

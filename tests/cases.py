@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, reference
-from jaxkv.reference import ReferenceState
+from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, Rotary, reference
+from jaxkv.reference import Adapted, ReferenceState
 
 FP32, FP16, BF16 = Precision.FP32, Precision.FP16, Precision.BF16
 Q8, Q4, Q4K, Q2 = Precision.Q8, Precision.Q4, Precision.Q4K, Precision.Q2
@@ -115,6 +115,17 @@ def _three_tiers() -> list[Case]:
     ]  # fmt: skip
 
 
+def _with_rotary() -> list[Case]:
+    return [
+        Case("rotary_q4", config(20, FP32, Q4, 36, 2, 16, rotary=Rotary(100.0)), 4, PROMPT),
+        Case("rotary_warm_q2", config(4, FP16, Q2, 40, 3, 16, warm_length=17, sink_tokens=2,
+             rotary=Rotary(1e4, "interleaved", dim=8)), 3),
+        Case("rotary_channel", config(18, FP32, Q4, 40, 2, 16, migration=BATCHED, rotary=Rotary(100.0),
+             key_quant=QuantSpec(4, 4, "channel", turned_mean=True, balance=True)), 2, PROMPT),
+        Case("rotary_rewind", config(18, BF16, Q4, 30, 2, 16, rewind_length=3, rotary=Rotary(1e3, scaling=[0.5] * 8)), 2),
+    ]  # fmt: skip
+
+
 def _with_rewinds() -> list[Case]:
     return [
         Case("rewind_bf16", config(9, BF16, Q4, 12, 2, 8, sink_tokens=3, rewind_length=3), 2),
@@ -135,7 +146,8 @@ def _long() -> list[Case]:
 
 
 CASES = {
-    case.name: case for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rewinds()]
+    case.name: case
+    for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rotary(), *_with_rewinds()]
 }
 LONG = {case.name: case for case in _long()}
 REWINDS = {name: case for name, case in CASES.items() if case.config.rewind_length}
@@ -163,7 +175,19 @@ def random_tokens(rng: np.random.Generator, case: Case, length: int) -> tuple[Ar
     channel = np.exp(rng.normal(size=shape[2:]) / 2)
     offset = rng.normal(size=shape[2:])
     keys = (rng.normal(size=shape) + offset) * channel
+    if case.config.rotary is not None:  # a model whose keys have a large bias and uneven channels
+        keys = keys * np.exp(rng.normal(size=shape[2:]) * 2) + biased(rng, case, length)
     return keys.astype(np.float32), rng.normal(size=shape).astype(np.float32)
+
+
+def biased(rng: np.random.Generator, case: Case, length: int) -> Array:
+    """What a key bias is after the rotary embedding, of all but the last kv head: [length, K,
+    H]."""
+    config = case.config
+    bias = rng.normal(size=(config.num_kv_heads, config.head_dim)) * 200
+    bias[config.num_kv_heads - 1 :] = 0
+    assert config.rotary is not None
+    return np.stack([reference.turned(bias, p, config.rotary) for p in range(length)])
 
 
 def random_query(rng: np.random.Generator, case: Case, length: int = 5) -> Array:
@@ -295,6 +319,19 @@ def _may_round_differently(
 Bound = Callable[[Entry, Array], Array]
 
 
+def adapted_bound(
+    bound: Bound, entry: Entry, before: Array, basis: Adapted, positions: Sequence[int]
+) -> Array:
+    """`bound` for keys that enter without their turned mean, their channels multiplied.
+
+    Float32 knows the mean, its angles and what is left to some 2**-19 of its size.
+    """
+    taken = norms(basis.taken_out(positions)) * 2.0**-18
+    most, least = basis.factor.max(-1), basis.factor.min(-1)
+    inner = dataclasses.replace(entry, x=basis.enter(entry.x, positions))
+    return bound(inner, (before + taken) * most) / least + taken
+
+
 def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array]:
     """`bound` added up over the tiers that each token held has been in: [2, K] for key and value,
     by position."""
@@ -302,11 +339,20 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
     nothing = np.zeros((2, config.num_kv_heads))
 
     def enter(
-        positions: Sequence[int], before: Array, tier: int, formats: Sequence[Precision | QuantSpec]
+        positions: Sequence[int],
+        before: Array,
+        tier: int,
+        formats: Sequence[Precision | QuantSpec],
+        basis: Adapted,
     ) -> Array:
         x, sides = np.stack([data.tokens[position][tier] for position in positions]), []
         for side, fmt in enumerate(formats):
-            sides.append(bound(Entry(x[:, side], fmt, data.mirrors[tier][side]), before[:, side]))
+            entry, was = Entry(x[:, side], fmt, data.mirrors[tier][side]), before[:, side]
+            sides.append(
+                adapted_bound(bound, entry, was, basis, positions)
+                if side == 0
+                else bound(entry, was)
+            )
         return np.stack(sides, axis=1)
 
     @functools.cache
@@ -314,7 +360,7 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
         spec = config.chain[tier]
         group = range(first, first + spec.group)
         before = np.stack([after(position, tier - 1) for position in group])
-        return enter(group, before, tier, (spec.key, spec.value))
+        return enter(group, before, tier, (spec.key, spec.value), data.adapted[tier])
 
     def after(position: int, tier: int) -> Array:
         if tier < 0:
@@ -326,7 +372,11 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
     bounds = {}
     for position, pair in reference.held(state, row).items():
         if position < sinks:
-            bounds[position] = enter([position], nothing[None], 0, [config.sink_precision] * 2)[0]
+            formats, none = (
+                [config.sink_precision] * 2,
+                reference.neutral(config.num_kv_heads, config.head_dim),
+            )
+            bounds[position] = enter([position], nothing[None], 0, formats, none)[0]
         else:
             tier = next(i for i in range(len(config.chain)) if data.tokens[position][i + 1] is pair)
             bounds[position] = after(position, tier)

@@ -157,9 +157,12 @@ def test_search_is_no_worse_than_the_whole_range(case: Case) -> None:
             and position >= case.config.sink_tokens
             and exact
         ):
-            entry = Entry(token[-2][:1], spec.key, twin.rows[row].mirrors[-1][0])
+            basis = twin.rows[row].adapted[-1]
+            inner = basis.enter(token[-2][:1], [position])
+            entry = Entry(inner, spec.key, twin.rows[row].mirrors[-1][0])
             plain, searched = (
-                norms((x[0] - token[-2][0]).reshape(shares)) for x in (token[-1], pair)
+                norms(((x[0] - token[-2][0]) * basis.factor).reshape(shares))
+                for x in (token[-1], pair)
             )
             assert_within(searched, plain + norms(search_slack(entry)[0].reshape(shares)))
             gains.append(np.mean(searched / plain))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Implementation = Literal["xla", "pallas"] | None
 
 MOST_HEAD_DIM = 256
+TURNED = "it does not add the score of a mean before the rotary embedding"
 READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 
 
@@ -73,7 +74,9 @@ def partial_attention(
 
     if implementation == "xla":
         return portable(query)
-    reason = refusal(part, query.shape[-1], scoring) or platform.no_gpu()
+    turned = adjust is not None and not scoring.changes_scores
+    reason = TURNED if turned else None
+    reason = reason or refusal(part, query.shape[-1], scoring) or platform.no_gpu()
     if implementation == "pallas":
         if reason:
             raise ValueError(

@@ -23,7 +23,7 @@ from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels.pallas_gpu import on_triton
 from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index, Run
-from jaxkv.tiers.tokens import SCALES, Tokens, basis_of
+from jaxkv.tiers.tokens import BASIS, SCALES, Tokens, basis_of
 
 MOST_ELEMENTS = 4096  # of a program
 STORED = ("data", *SCALES)
@@ -66,9 +66,7 @@ def write(
     together = heads if _spans_heads(fmt, h) else 1
     names = [name for name in STORED if getattr(held, name) is not None]
     stored = [getattr(held, name) for name in names]
-    turns = {
-        name: array for name in ("mean", "mirror") if (array := getattr(basis, name)) is not None
-    }
+    turns = {name: array for name in BASIS if (array := getattr(basis, name)) is not None}
     where = jnp.concatenate(
         [
             jnp.where(run.written, run.slots, run.capacity).reshape(-1),

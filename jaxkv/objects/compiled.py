@@ -19,7 +19,7 @@ from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format
 from jaxkv.migration import ALIGN_TOKENS
 from jaxkv.state import CacheState, Tier
-from jaxkv.tiers.tokens import Tokens, new_mirror
+from jaxkv.tiers.tokens import Tokens, learn
 
 
 def donated(verb: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
@@ -106,25 +106,27 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     source = jnp.minimum(source, keys.shape[1] - 1)[..., None, None]
     keys, values = (jnp.take_along_axis(x, source, axis=1) for x in (keys, values))
     tiers = tuple(
-        _aligned(tier, spec, keys, values)
+        _adapted(tier, spec, keys, values, first)
         for tier, spec in zip(moved.tiers, config.chain, strict=True)
     )
     moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
     return dataclasses.replace(moved, lost=moved.lost.at[:, -1].max(state.begin - sinks))
 
 
-def _aligned(tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array) -> Tier:
-    """An empty tier that has learned its mirrors, if any, from the oldest of tokens [1, P, K, H].
+def _adapted(
+    tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array, start: jax.Array
+) -> Tier:
+    """An empty tier that has learned its basis, if any, from the oldest of tokens [1, P, K, H], the
+    first of them at position `start` [1].
 
-    An append learns them from a row's first positions only, which are gone where the oldest tokens
+    An append learns it from a row's first positions only, which are gone where the oldest tokens
     have been evicted.
     """
 
     def half(held: Tokens, fmt: Format, x: jax.Array) -> Tokens:
-        if held.mirror is None:
-            return held
-        return dataclasses.replace(
-            held, mirror=new_mirror(held, fmt, x[:, :ALIGN_TOKENS], jnp.ones(1, bool), None)
-        )
+        first, every = x[:, :ALIGN_TOKENS], jnp.ones(1, bool)
+        position = start[:, None] + jnp.arange(first.shape[1], dtype=jnp.int32)
+        learnt = learn(held, fmt, spec.rotary, first, position, every, None)
+        return dataclasses.replace(held, **learnt)
 
     return Tier(half(tier.keys, spec.key, keys), half(tier.values, spec.value, values))

@@ -7,6 +7,7 @@ the first position whose data is still there. All the rest is derived from these
 and return a new one.
 """
 
+from jaxkv.reference.adapted import Adapted, adapted, neutral, turned
 from jaxkv.reference.attention import (
     Options,
     attend,
@@ -45,9 +46,11 @@ from jaxkv.reference.formats import (
 
 __all__ = [
     "FLOATS",
+    "Adapted",
     "Options",
     "ReferenceState",
     "Row",
+    "adapted",
     "append",
     "as_scale",
     "attend",
@@ -65,6 +68,7 @@ __all__ = [
     "keep",
     "migrate",
     "mirror_of",
+    "neutral",
     "prefill",
     "quantize_groups",
     "reflect",
@@ -73,4 +77,5 @@ __all__ = [
     "rotate",
     "take_rows",
     "to_groups",
+    "turned",
 ]

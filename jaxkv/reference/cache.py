@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Precision, QuantSpec
+from jaxkv.reference.adapted import Adapted, adapted, neutral
 from jaxkv.reference.formats import Array, finite, mirror_of, represent
 
 
@@ -22,6 +23,7 @@ class Row:
     ]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
     kept: list[int]  # [tier]: the first position whose data is still there
     mirrors: list[Array]  # [tier]: of keys and values [2, K, H]; zeros where nothing is aligned
+    adapted: list[Adapted]  # [tier]: what else was learnt of keys
 
     @property
     def end(self) -> int:
@@ -40,8 +42,9 @@ def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
     """An empty cache."""
     kept = [config.sink_tokens] * len(config.chain)
     mirrors = [np.zeros((2, config.num_kv_heads, config.head_dim), np.float32)] * len(config.chain)
+    others = [neutral(config.num_kv_heads, config.head_dim)] * len(config.chain)
     return ReferenceState(
-        config, tuple(Row([], list(kept), list(mirrors)) for _ in range(batch_size))
+        config, tuple(Row([], list(kept), list(mirrors), list(others)) for _ in range(batch_size))
     )
 
 
@@ -78,33 +81,46 @@ def _settle(config: KvCacheConfig, row: Row) -> None:
                 if i == len(config.chain) - 1 and not any(
                     len(token) > i + 1 for token in row.tokens[row.kept[i] :]
                 ):
-                    row.mirrors[i] = _mirrors(config, row, i)
+                    _learn(config, row, i)
                 for p in group:
                     if (
                         i and p < row.kept[i - 1]
                     ):  # evicted and gone: the oldest token that is there takes its place
                         row.tokens[p] = row.tokens[row.kept[i - 1]][: i + 1]
-                _enter([row.tokens[p] for p in group], i, (tier.key, tier.value), row.mirrors[i])
+                _enter(row, group, i, (tier.key, tier.value), row.mirrors[i], row.adapted[i])
         row.kept[i] = max(row.kept[i], top - tier.capacity)
 
 
 def _enter(
-    group: list[list[Array]], tier: int, formats: Sequence[Precision | QuantSpec], mirror: Array
+    row: Row,
+    positions: Sequence[int],
+    tier: int,
+    formats: Sequence[Precision | QuantSpec],
+    mirror: Array,
+    basis: Adapted,
 ) -> None:
-    """Adds to tokens what a tier gives back for them; `formats` of keys and values, `mirror` [2, K,
-    H]."""
-    given = np.stack([token[tier] for token in group])
-    sides = [represent(given[:, side], fmt, mirror[side]) for side, fmt in enumerate(formats)]
-    for token, pair in zip(group, np.stack(sides, axis=1), strict=True):
-        token[tier + 1 :] = [pair]
+    """Adds to a row's tokens what a tier gives back for them; `formats` of keys and values,
+    `mirror` [2, K, H]."""
+    keys, values = np.moveaxis(np.stack([row.tokens[p][tier] for p in positions]), 1, 0)
+    keys = represent(basis.enter(keys, positions), formats[0], mirror[0])
+    pairs = basis.leave(keys, positions), represent(values, formats[1], mirror[1])
+    for position, pair in zip(positions, np.stack(pairs, axis=1), strict=True):
+        row.tokens[position][tier + 1 :] = [pair]
 
 
-def _mirrors(config: KvCacheConfig, row: Row, tier: int) -> Array:
-    given, spec = (
-        np.stack([row.tokens[p][tier] for p in first_positions(config, row, tier)]),
-        config.chain[tier],
-    )
-    return np.stack([mirror_of(given[:, 0], spec.key), mirror_of(given[:, 1], spec.value)])
+def _enter_sinks(config: KvCacheConfig, row: Row) -> None:
+    nothing = neutral(config.num_kv_heads, config.head_dim)
+    formats, mirror = [config.sink_precision] * 2, np.zeros((2, *nothing.mean.shape))
+    _enter(row, [row.end - 1], 0, formats, mirror, nothing)
+
+
+def _learn(config: KvCacheConfig, row: Row, tier: int) -> None:
+    """The basis of a tier that is empty, from the first tokens that will come to it."""
+    positions, spec = first_positions(config, row, tier), config.chain[tier]
+    keys, values = np.moveaxis(np.stack([row.tokens[p][tier] for p in positions]), 1, 0)
+    basis = row.adapted[tier] = adapted(keys, positions, spec)
+    keys = basis.enter(keys, positions)
+    row.mirrors[tier] = np.stack([mirror_of(keys, spec.key), mirror_of(values, spec.value)])
 
 
 def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
@@ -151,7 +167,7 @@ def append(
         for t in range(length):
             row.tokens.append([new[t]])
             if row.end <= config.sink_tokens:
-                _enter(row.tokens[-1:], 0, [config.sink_precision] * 2, new[t])
+                _enter_sinks(config, row)
             _settle(config, row)
     return state
 
@@ -216,7 +232,12 @@ def take_rows(state: ReferenceState, rows: Sequence[int]) -> ReferenceState:
     """The given rows in the given order; one may be taken several times."""
     taken = [state.rows[i] for i in rows]
     copies = (
-        Row([list(token) for token in row.tokens], list(row.kept), list(row.mirrors))
+        Row(
+            [list(token) for token in row.tokens],
+            list(row.kept),
+            list(row.mirrors),
+            list(row.adapted),
+        )
         for row in taken
     )
     return ReferenceState(state.config, tuple(copies))

@@ -8,36 +8,42 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.codec import rotation
+from jaxkv.codec import balance, rotation
+from jaxkv.codec.arithmetic import alone, tree_sum
 from jaxkv.formats import Format, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """The basis in which a quantized tier holds its tokens: `mean` is subtracted, then a Hadamard
-    transform and a reflection applied.
+    """The basis in which a quantized tier holds its tokens: `mean` is subtracted and the channels
+    balanced, then a Hadamard transform and a reflection applied.
 
-    Orthogonal but for the mean, so queries are turned once per step and tokens never back.
+    Orthogonal but for mean and balance, so queries are turned once per step and tokens never back.
+    (What a mean before the rotary embedding takes out depends on the position: `TurnedMean`.)
     """
 
     fmt: Format
     mean: jax.Array | None = None  # [B, K, H]
     mirror: jax.Array | None = None  # [B, K, H], see `rotation.mirror_of`
+    balance: jax.Array | None = None  # [B, K, H] int32, see `balance.balance_of`
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Tokens [B, T, K, H] float32, to be quantized. The same bits in every program."""
         x = x if self.mean is None else x - self.mean[:, None]
+        x = x if self.balance is None else alone(x * balance.factor(self.balance)[:, None])
         x = rotation.hadamard(x) if self._rotates else x
         return x if self.mirror is None else rotation.reflect(x, self.mirror[:, None])
 
     def leave(self, x: jax.Array) -> jax.Array:
         """The inverse of `enter`."""
         x = self._turn_back(x, None if self.mirror is None else self.mirror[:, None])
+        x = x if self.balance is None else x / balance.factor(self.balance)[:, None]
         return x if self.mean is None else x + self.mean[:, None]
 
     def query(self, query: jax.Array) -> jax.Array:
         """Queries [B, K, R, H] so that their products with tokens in this basis are those with
         `token - mean`."""
+        query = query if self.balance is None else query / balance.factor(self.balance)[:, :, None]
         query = rotation.inverse_hadamard(query) if self._rotates else query
         return query if self.mirror is None else rotation.reflect(query, self.mirror[:, :, None])
 
@@ -45,6 +51,7 @@ class Basis:
         """Sums of values [B, K, R, H] with weights that add up to `total` [B, K, R], back among raw
         tokens."""
         out = self._turn_back(out, None if self.mirror is None else self.mirror[:, :, None])
+        out = out if self.balance is None else out / balance.factor(self.balance)[:, :, None]
         return out if self.mean is None else out + total[..., None] * self.mean[:, :, None]
 
     def mean_score(self, query: jax.Array) -> jax.Array | None:
@@ -55,6 +62,19 @@ class Basis:
             else jnp.sum(query * self.mean[:, :, None], axis=-1, keepdims=True)
         )
 
+    def learn(self, first: jax.Array) -> Basis:
+        """The basis with balance and mirror made anew from a row's first tokens [B, n, K, H]
+        float32, without their turned mean."""
+        found = self
+        if self.balance is not None:
+            rest = first - _mean(first)
+            variance = tree_sum(alone(rest * rest), 1)[:, 0]
+            found = dataclasses.replace(found, balance=balance.balance_of(variance))
+        if self.mirror is not None:
+            total = tree_sum(dataclasses.replace(found, mirror=None).enter(first), 1)[:, 0]
+            found = dataclasses.replace(found, mirror=rotation.mirror_of(total))
+        return found
+
     @property
     def _rotates(self) -> bool:
         return isinstance(self.fmt, QuantSpec) and self.fmt.rotate
@@ -62,3 +82,8 @@ class Basis:
     def _turn_back(self, x: jax.Array, mirror: jax.Array | None) -> jax.Array:
         x = x if mirror is None else rotation.reflect(x, mirror)
         return rotation.inverse_hadamard(x) if self._rotates else x
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """The mean over axis 1, kept."""
+    return alone(tree_sum(x, 1) * (1 / x.shape[1]))

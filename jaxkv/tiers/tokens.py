@@ -9,7 +9,8 @@ layers):
                      scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis
                      [B, K, S // group, H]; uint16 (`codec.scales`) and float16, or uint8 and int8
                      in units of scale_unit, zero_unit [B, 1, 1, S] uint16 (two-level)
-                     mean, mirror [B, K, H] float32 where the spec centres or aligns
+                     mean, turned_mean, mirror [B, K, H] float32 and balance [B, K, H] int32 where
+                     the spec asks for them (`basis`, `turned`)
 
 XLA:CPU widens a scatter or a loop's slices of bfloat16, and with them the whole buffer, to float32
 (40 ms an append at 16k tokens); integers stay as they are.
@@ -28,11 +29,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import codec
-from jaxkv.codec import arithmetic, rotation
 from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
+from jaxkv.rotary import Rotary
 from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index, Put, Run, index_of, located, scatter
+from jaxkv.tiers.turned import TurnedMean
 from jaxkv.trees import node
 
 
@@ -47,6 +49,8 @@ class Tokens:
     zero_point: jax.Array | None = None
     mean: jax.Array | None = None
     mirror: jax.Array | None = None
+    turned_mean: jax.Array | None = None
+    balance: jax.Array | None = None
     scale_unit: jax.Array | None = None
     zero_unit: jax.Array | None = None
 
@@ -74,6 +78,8 @@ def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
         None if fmt.symmetric else zero_point,
         row if fmt.center else None,
         row if fmt.align else None,
+        row if fmt.turned_mean else None,
+        _array((heads, head_dim), jnp.int32) if fmt.balance else None,
         *units,
     )
 
@@ -118,27 +124,69 @@ STORED = ("data", *SCALES)
 """What there is of a token; the rest is of a row."""
 
 
+BASIS = ("mean", "mirror", "balance")
+LEARNT = ("mirror", "turned_mean", "balance")
+"""What belongs to a row, not to its slots; the second is learnt from its first tokens. Zeros are
+neutral."""
+
+
+def learnt(tokens: Tokens) -> dict[str, jax.Array]:
+    """The arrays that a tier has learnt, by name."""
+    return {name: a for name in LEARNT if (a := getattr(tokens, name)) is not None}
+
+
+def without_basis(tokens: Tokens) -> Tokens:
+    """The codes alone."""
+    return dataclasses.replace(tokens, mean=None, mirror=None, turned_mean=None, balance=None)
+
+
 def basis_of(tokens: Tokens, fmt: Format, layer: Index) -> Basis:
     """The basis of one layer's tokens."""
-    mean, mirror = (
-        array if array is None or layer is None else array[layer]
-        for array in (tokens.mean, tokens.mirror)
+    arrays = {name: getattr(tokens, name) for name in BASIS}
+    return Basis(
+        fmt, **{name: a if a is None or layer is None else a[layer] for name, a in arrays.items()}
     )
-    return Basis(fmt, mean, mirror)
 
 
-def new_mirror(
-    tokens: Tokens, fmt: Format, first: jax.Array, where: jax.Array, layer: Index
-) -> jax.Array:
-    """The tokens' mirrors, those of rows `where` [B] made anew from some of their first tokens [B,
-    n, K, H]."""
-    old = basis_of(tokens, fmt, layer)
-    assert tokens.mirror is not None and old.mirror is not None
-    total = arithmetic.tree_sum(
-        dataclasses.replace(old, mirror=None).enter(first.astype(jnp.float32)), 1
-    )[:, 0]
-    mirror = jnp.where(where[:, None, None], rotation.mirror_of(total), old.mirror)
-    return mirror if layer is None else tokens.mirror.at[layer].set(mirror)
+def turned_mean_of(tokens: Tokens, rotary: Rotary | None, layer: Index) -> TurnedMean | None:
+    """What depends on positions in the basis of one layer's keys, if anything."""
+    if tokens.turned_mean is None or rotary is None:
+        return None
+    turns = jnp.asarray(rotary.turns(tokens.turned_mean.shape[-1]))
+    mean = tokens.turned_mean if layer is None else tokens.turned_mean[layer]
+    return TurnedMean(rotary, turns[layer] if turns.ndim == 2 else turns, mean)
+
+
+def learn(
+    tokens: Tokens,
+    fmt: Format,
+    rotary: Rotary | None,
+    first: jax.Array,
+    position: jax.Array,
+    where: jax.Array,
+    layer: Index,
+) -> dict[str, jax.Array]:
+    """What the tokens have learnt, that of rows `where` [B] made anew from some of their first
+    tokens [B, n, K, H] at positions [B, n]."""
+    old, turned, first = (
+        basis_of(tokens, fmt, layer),
+        turned_mean_of(tokens, rotary, layer),
+        first.astype(jnp.float32),
+    )
+    new = {}
+    if turned is not None:
+        turned = turned.learn(first, position)
+        new["turned_mean"], first = turned.mean, first - turned.at(position)
+    basis = old.learn(first)
+    new |= {name: getattr(basis, name) for name in ("mirror", "balance")}
+    found = {}
+    for name, array in new.items():
+        held = getattr(tokens, name)
+        if held is not None:
+            own = held if layer is None else held[layer]
+            array = jnp.where(where[:, None, None], array, own)
+            found[name] = array if layer is None else held.at[layer].set(array)
+    return found
 
 
 def encode(basis: Basis, x: jax.Array) -> Encoded:
