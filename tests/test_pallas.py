@@ -115,7 +115,7 @@ def held(
         **{
             field.name: fill(field.name)
             for field in dataclasses.fields(blank)
-            if field.name not in ("mean", "mirror")
+            if field.name not in (*tokens.BASIS, *tokens.LEARNT)
         }
     )
 
