@@ -85,7 +85,6 @@ def cache_fields(args: argparse.Namespace, max_tokens: int) -> dict[str, Any]:
         key_quant=args.keys,
         value_quant=args.values,
         migration=args.migration,
-        rotary=model.rotary,
     )
 
 
@@ -94,7 +93,8 @@ def cache_config(
 ) -> jaxkv.KvCacheConfig:
     """The same cache for every layer."""
     heads = {"num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
-    return jaxkv.KvCacheConfig(max_tokens=max_tokens, **heads, **cache_fields(args, max_tokens))
+    fields = {**heads, "rotary": model.rotary, **cache_fields(args, max_tokens)}
+    return jaxkv.KvCacheConfig(max_tokens=max_tokens, **fields)
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
