@@ -125,6 +125,9 @@ def test_equal_layers_are_stacked() -> None:
     assert [held.num_layers for held in state.stacks] == [2, 1]
     assert [state.find(i)[1:] for i in LAYERS] == [(0, 0), (1, 0), (0, 1), (0, 1), (1, 0)]
     assert (state.num_layers, state.batch_size) == (5, B)
+    assert repr(state).startswith(
+        "Layers: 5, 2 of them share another's cache\nCacheState: 2 layers"
+    )
     configs = [layer.config for layer in layers_of() if layer.config is not None]
     assert jaxkv.nbytes(state) == sum(jaxkv.nbytes(jaxkv.init(c, B)) for c in configs)
 

@@ -42,6 +42,11 @@ class Layers:
     own: tuple[Any, ...]  # for each layer: any pytree of arrays [B, ...], or None
     specs: tuple[LayerSpec, ...] = dataclasses.field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        shared = sum(spec.shares is not None for spec in self.specs)
+        whole = f"Layers: {self.num_layers}, {shared} of them share another's cache"
+        return "\n".join([whole, *map(repr, self.stacks)])
+
     @property
     def num_layers(self) -> int:
         """Of the model, with those that keep nothing."""
