@@ -138,7 +138,7 @@ class Arrival:
 
 
 def _positions(base: jax.Array, size: int) -> jax.Array:
-    return base[:, None] + jnp.arange(size, dtype=jnp.int32)  # [B, M]
+    return base[:, None] + jnp.arange(size, dtype=jnp.int32)[None]  # [B, M]
 
 
 def store(

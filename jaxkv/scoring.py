@@ -118,7 +118,7 @@ class Scoring:
         if self.decay is not None:
             rates = jnp.broadcast_to(
                 jnp.asarray(self.decay, jnp.float32), (heads[0] * heads[1],)
-            ).reshape(*heads, 1, 1)
+            ).reshape(1, *heads, 1, 1)
             age = (query[:, :, None] - key[:, None]).astype(jnp.float32)
             scores = scores - softmax.bounded(rates * age[:, None, None])
         if self.bias is not None:
@@ -179,7 +179,7 @@ class Scoring:
         top = jnp.broadcast_to(logits, (b, k, logits.shape[2], rows // logits.shape[2])).reshape(
             b, k, rows
         )
-        return Partial(jnp.zeros(shape), top, jnp.ones_like(top))
+        return Partial(jnp.zeros(shape, jnp.float32), top, jnp.ones_like(top))
 
 
 def _as_numbers(name: str, given: Any, wanted: Sequence[tuple[int, ...]], kind: str) -> Any:

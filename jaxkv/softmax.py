@@ -41,7 +41,8 @@ class Partial:
 
 def empty(shape: tuple[int, ...], head_dim: int) -> Partial:
     """The partial of no tokens; the neutral element of `merge`."""
-    return Partial(jnp.zeros((*shape, head_dim)), jnp.full(shape, FLOOR), jnp.zeros(shape))
+    out, top = jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, FLOOR, jnp.float32)
+    return Partial(out, top, jnp.zeros_like(top))
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
@@ -71,8 +72,8 @@ def merge_over(axis: str, partial: Partial) -> Partial:
         out, total = lax.psum((partial.out * weight[..., None], partial.sum * weight), axis)
         return Partial(out, top, total)
     packed = jnp.concatenate([partial.out, partial.max[..., None], partial.sum[..., None]], axis=-1)
-    place = jnp.arange(parts).reshape(-1, *[1] * packed.ndim)
-    every = lax.psum(jnp.where(place == lax.axis_index(axis), packed, 0), axis)
+    place = jnp.arange(parts, dtype=jnp.int32).reshape(-1, *[1] * packed.ndim)
+    every = lax.psum(jnp.where(place == lax.axis_index(axis), packed[None], 0.0), axis)
     return merge([Partial(one[..., :-2], one[..., -2], one[..., -1]) for one in every])
 
 

@@ -273,7 +273,7 @@ def segments(
 def stats(state: CacheState) -> KvCacheStats:
     """Counts and bytes of the tokens held now."""
     tokens_of = dict.fromkeys(("sinks", "hot", "warm", "cold"), jnp.zeros_like(state.end))
-    bytes_of = dict.fromkeys(tokens_of, jnp.zeros(()))
+    bytes_of = dict.fromkeys(tokens_of, jnp.float32(0))
     for part in segments(state):
         tokens_of[part.spec.name] = part.high - part.low
         held = (part.high - part.low).astype(jnp.float32)  # int32 would not hold their sum
@@ -294,6 +294,11 @@ def stats(state: CacheState) -> KvCacheStats:
         tokens_of["sinks"],
         tokens_of["warm"],
     )
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    """In float32: a stack of layers with millions of tokens overflows int32."""
+    return counts.astype(jnp.float32).sum()
 
 
 def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
@@ -322,10 +327,12 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
       With several layers and no `layer`, each has a leading axis L.
     """
     if layer is None and state.num_layers is not None:
-        return jax.vmap(lambda layer: gather(state, layer=layer))(jnp.arange(state.num_layers))
+        return jax.vmap(lambda layer: gather(state, layer=layer))(
+            jnp.arange(state.num_layers, dtype=jnp.int32)
+        )
     layer, exists = as_layer(layer, state.num_layers)
     parts = segments(state, layer)
-    index = jnp.arange(state.config.max_tokens)[None]
+    index = jnp.arange(state.config.max_tokens, dtype=jnp.int32)[None]
     sinks_held = jnp.zeros_like(parts[-1].low) if state.sinks is None else parts[0].high
     position = jnp.where(
         index < sinks_held[:, None], index, (parts[-1].low - sinks_held)[:, None] + index
@@ -333,7 +340,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     end = jnp.maximum(sinks_held, parts[0 if state.sinks is None else 1].high)
     position = jnp.where((position < end[:, None]) & exists, position, -1)
     shape = (*position.shape, state.config.num_kv_heads, state.config.head_dim)
-    keys, values = jnp.zeros(shape), jnp.zeros(shape)
+    keys = values = jnp.zeros(shape, jnp.float32)
     for part in parts:
         inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[
             ..., None, None
@@ -354,7 +361,8 @@ def _tokens_at(
     """The tokens [B, P, K, H] in the slots of `position` [B, P]; what is no position of the tier
     gives anything."""
     capacity = part.spec.capacity if part.pages is None else part.pages.capacity
-    every = jnp.broadcast_to(jnp.arange(capacity), (position.shape[0], capacity))
+    every = jnp.arange(capacity, dtype=jnp.int32)[None]
+    every = jnp.broadcast_to(every, (position.shape[0], capacity))
     slots = ring.slot_of(position, part.spec.offset, capacity)
     found = tokens.read(held, fmt, every, layer, part.pages)
     return jnp.take_along_axis(found, slots[..., None, None], axis=1)

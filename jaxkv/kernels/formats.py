@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxkv import codec
@@ -45,6 +46,10 @@ def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
     )
 
 
+def _zeros(*shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     """Float32 product over the last axis of a and axis `contract` of b, leading axes shared."""
     batch = tuple(range(a.ndim - 2))
@@ -68,7 +73,7 @@ class Floats:
         )
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
+        return _zeros(*shape, self.head_dim), _zeros(*shape, 1)
 
     def weigh(
         self, weights: jax.Array, block: Tokens, valid: jax.Array
@@ -112,7 +117,8 @@ class Terms(Floats):
 
     def product(self, operand: jax.Array, data: jax.Array, contract: int) -> jax.Array:
         products = _dot(operand, data, contract)
-        return sum(jnp.split(products, 3, axis=2), jnp.zeros(()))
+        first, second, third = jnp.split(products, 3, axis=2)
+        return first + second + third
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +152,9 @@ class _Coded:
     def lacking(self, x: jax.Array) -> jax.Array:
         """[..., H] times what the codes of each element lack: those of the last part are short of
         half their range (see `codec`)."""
-        return jnp.where(
-            jnp.arange(self.head_dim) >= self.words * (self.spec.codes_per_byte - 1),
-            x * 2.0 ** (self.spec.bits - 1),
-            0,
-        )
+        factors = np.zeros(self.head_dim, np.float32)
+        factors[self.words * (self.spec.codes_per_byte - 1) :] = 2.0 ** (self.spec.bits - 1)
+        return x * factors.reshape(*[1] * (x.ndim - 1), -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +184,11 @@ class TokenGroups(_Coded):
         most = self.num_groups - 1
         return range(min(first // self.group, most), min(last // self.group, most) + 1)
 
-    def inside(self, part: int) -> jax.Array:
-        """Which words of a part belong to which of its groups, [n, 1, W] bool."""
-        element = part * self.words + jnp.arange(self.words)
-        group = jnp.minimum(element // self.group, self.num_groups - 1)
-        return group == jnp.array(self.groups_of(part))[:, None, None]
+    def inside(self, part: int) -> np.ndarray:
+        """Which words of a part belong to which of its groups, [1, 1, n, 1, W] bool."""
+        element = part * self.words + np.arange(self.words)
+        group = np.minimum(element // self.group, self.num_groups - 1)
+        return group == np.array(self.groups_of(part)).reshape(1, 1, -1, 1, 1)
 
     def query(self, query: jax.Array) -> Any:
         fixed, unit = digits.of_signed(query)
@@ -209,9 +213,8 @@ class TokenGroups(_Coded):
         return score * unit
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        return [jnp.zeros((*shape, self.words))] * self.spec.codes_per_byte, jnp.zeros(
-            (*shape, 1 + 2 * self.num_groups)
-        )
+        parts = [_zeros(*shape, self.words)] * self.spec.codes_per_byte
+        return parts, _zeros(*shape, 1 + 2 * self.num_groups)
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
         scale, zero_point = computed_once(
@@ -267,7 +270,7 @@ class ChannelGroups(_Coded):
         return jnp.moveaxis(score, -2, -3).reshape(*operand.shape[:3], -1)
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        return jnp.zeros((*shape, self.head_dim)), jnp.zeros((*shape, 1))
+        return _zeros(*shape, self.head_dim), _zeros(*shape, 1)
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
         used = self.by_group(valid[:, None, :, None])[..., 0].any(-1)[

@@ -75,7 +75,7 @@ class Block:
         keep = (
             None
             if width == shape[1]
-            else jnp.broadcast_to(jnp.arange(shape[1])[None] < width, shape)
+            else jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None] < width, shape)
         )
         if mask is not None:
             keep = mask[:, None] if keep is None else keep & mask[:, None]
@@ -143,11 +143,11 @@ class Side:
 
     def offset(self, refs: Refs, block: Block, kind: Kind) -> jax.Array:
         """The offsets [S] of a kind; floats have none."""
-        return jnp.zeros(block.slot.shape)
+        return jnp.zeros(block.slot.shape, jnp.float32)
 
     def operands(self, refs: Refs, block: Block) -> list[list[jax.Array]]:
         """The terms [S, padded(size)] bfloat16 of every tile, zeros beyond `size`."""
-        columns = jnp.arange(padded(self.size))[None]
+        columns = jnp.arange(padded(self.size), dtype=jnp.int32)[None]
         data = block.tile(
             refs.data,
             block.slot[:, None],
@@ -180,7 +180,7 @@ class _Coded(Side):
 
     def masked(self, refs: Refs, block: Block) -> list[jax.Array]:
         """The bits of every tile's codes where they lie in the words, [S, padded(size)] int8."""
-        columns = jnp.arange(padded(self.size))[None]
+        columns = jnp.arange(padded(self.size), dtype=jnp.int32)[None]
         pieces = [
             block.tile(refs.data, block.slot[:, None], first + columns, self.size, block.inside)
             for first in range(0, self.words, self.size)
@@ -265,7 +265,7 @@ class Dequantized(_Coded):
         """The scales or zero points [S, padded(size)] of a tile's elements, without their units."""
         slots, elements = (
             block.slot[:, None],
-            tile * self.size + jnp.arange(padded(self.size))[None],
+            tile * self.size + jnp.arange(padded(self.size), dtype=jnp.int32)[None],
         )
         index = (
             (slots // self.group, elements)

@@ -50,7 +50,7 @@ def kernel(
 ) -> None:
     chunks = pl.cdiv(query.shape[0], plan.rows)
     place = (*((bounds[3],) if plan.layered else ()), pl.program_id(2), pl.program_id(1) // chunks)
-    rows = pl.program_id(1) % chunks * plan.rows + jnp.arange(plan.rows)
+    rows = pl.program_id(1) % chunks * plan.rows + jnp.arange(plan.rows, dtype=jnp.int32)
     queries = _queries(plan.key, query, rows)
     units = _of_rows(unit, rows, 0.0) * math.log2(math.e)  # the weights are powers of 2
     limits = _of_rows(upto, rows), _of_rows(since, rows) if plan.windowed else None, bounds[2]
@@ -64,9 +64,14 @@ def kernel(
         scores = bounded(scores * units[:, None])
         return _accumulate(plan.value, jnp.where(seen, scores, -jnp.inf), carry, values, block)
 
-    by_slot = jnp.zeros((plan.rows, plan.slots))
-    tiles = [jnp.zeros((plan.rows, padded(plan.value.size)))] * plan.value.count
-    zeros = jnp.full((plan.rows,), FLOOR), by_slot, [by_slot] * len(plan.value.kinds), tiles
+    by_slot = jnp.zeros((plan.rows, plan.slots), jnp.float32)
+    tiles = [jnp.zeros((plan.rows, padded(plan.value.size)), jnp.float32)] * plan.value.count
+    zeros = (
+        jnp.full((plan.rows,), FLOOR, jnp.float32),
+        by_slot,
+        [by_slot] * len(plan.value.kinds),
+        tiles,
+    )
     start, stop = steps(plan, *span[:2], pl.program_id(0))
     _finish(plan.value, lax.fori_loop(start, stop, visit, zeros), *outs)
 
@@ -78,7 +83,7 @@ def _of_rows(ref: Any, rows: jax.Array, other: float = -1) -> jax.Array:
 def _queries(key: Side, query: Any, rows: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """Some rows of the queries [..., H] as an operand of every tile, and their sums [R] for every
     kind of offset."""
-    columns, row = jnp.arange(padded(key.size))[None], rows[:, None]
+    columns, row = jnp.arange(padded(key.size), dtype=jnp.int32)[None], rows[:, None]
     keep = (columns < key.size) & (row < query.shape[0])
     tiles = [
         plgpu.load(query.at[row, tile * key.size + columns], mask=keep, other=0.0)

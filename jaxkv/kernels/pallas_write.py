@@ -134,8 +134,8 @@ def _store(
     """Writes [1, 1, heads, X] to a slot of [..., heads, slots, W] or of [..., heads, groups,
     slots]."""
     new = new.reshape(new.shape[2:])
-    head = first_head + jnp.arange(new.shape[0])[:, None]
-    elements = jnp.arange(new.shape[1])[None]
+    head = first_head + jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    elements = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     capacity = ref.shape[-2] if is_data else ref.shape[-1]
     place = (*lead, head, slot, elements) if is_data else (*lead, head, elements, slot)
     plgpu.store(ref.at[place], new, mask=jnp.broadcast_to(slot < capacity, new.shape))
