@@ -71,7 +71,8 @@ class CacheState:
     @property
     def status(self) -> jax.Array:
         """Status bits, [B] or [L, B] int32. Sticky: `clear` takes them back."""
-        return self.refused | joined(self.changed, (self.changed.ndim - 1,))
+        with jax.transfer_guard("allow"):
+            return self.refused | joined(self.changed, (self.changed.ndim - 1,))
 
     @property
     def batch_size(self) -> int:
@@ -110,8 +111,9 @@ def init(
             f"num_layers={num_layers}: the rotary embedding has {len(bases)} layer_bases, one for "
             "each layer"
         )
-    empty = allocated(config, batch_size, num_layers)
-    return settled(with_means(empty, key_mean, value_mean), device)
+    with jax.transfer_guard("allow"):  # of a zero: a new cache is no oversight
+        empty = allocated(config, batch_size, num_layers)
+        return settled(with_means(empty, key_mean, value_mean), device)
 
 
 def allocated(

@@ -81,7 +81,7 @@ class TwoTierKvCache(Holder):
 
     def _append(self, record: Record, keys: list[Any], values: list[Any], size: int) -> None:
         lengths = [
-            None if size == 1 else np.array([min(size - first, PIECE)], np.int32)
+            None if size == 1 else jax.device_put(np.array([min(size - first, PIECE)], np.int32))
             for first in range(0, size, PIECE)
         ]
         *first, last = zip(keys, values, lengths, strict=True)
@@ -120,7 +120,7 @@ class TwoTierKvCache(Holder):
         """
         query = check_query(query, self.config.num_kv_heads, self.config.head_dim)
         is_jax, size = isinstance(query, jax.Array), query.shape[0] if query.ndim == 3 else 1
-        lengths = None if size == 1 else np.array([size], np.int32)
+        lengths = None if size == 1 else jax.device_put(np.array([size], np.int32))
         given = (
             fill(query, bucket(size))
             if size != bucket(size)
@@ -130,7 +130,9 @@ class TwoTierKvCache(Holder):
         )
         try:
             numbers = [
-                x if x is None or isinstance(x, jax.Array) else np.array(x, np.float32)
+                x
+                if x is None or isinstance(x, jax.Array)
+                else jax.device_put(np.array(x, np.float32))
                 for x in (scale, decay)
             ]
             with self._lock:
@@ -217,11 +219,11 @@ class TwoTierKvCache(Holder):
         except ValueError as error:
             raise KvCacheError(str(error)) from None
         with self._lock:
-            [status] = self._donate(self._whole(), verb, min(count, self.config.max_tokens + 1))
-        if status[0]:
-            raise KvCacheError(
-                f"{count=}: refused, {Status(int(status[0])).name}; ask for fewer tokens"
-            )
+            asked = jax.device_put(np.int32(min(count, self.config.max_tokens + 1)))
+            [bits] = self._donate(self._whole(), verb, asked)
+        status = Status(np.asarray(bits).item())
+        if status:
+            raise KvCacheError(f"{count=}: refused, {status.name}; ask for fewer tokens")
 
     def policy(self) -> CacheQuantization:
         """The policy in force."""
@@ -257,6 +259,12 @@ class TwoTierKvCache(Holder):
 
     def __bool__(self) -> bool:
         return True  # a cache is there even if it is empty
+
+
+def _on_device(number: Any) -> Any:
+    if number is None or isinstance(number, jax.Array):
+        return number
+    return jax.device_put(np.array(number, np.float32))
 
 
 def _translated(message: str) -> Exception:
