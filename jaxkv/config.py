@@ -72,6 +72,9 @@ class KvCacheConfig:
 
     Attributes:
       tail_length: newest tokens kept in `tail_precision`; 0 quantizes everything at once.
+      tail_precision: FP16 also for models in bfloat16: it holds every bfloat16 number of up to
+        65,504 (normal, that is from 2**-14 on) exactly. BF16 for the few models with larger ones;
+        `Status.SATURATED` tells.
       max_tokens: the most tokens a row holds, sinks included; older ones are evicted.
       migration_batch: tokens that move together under `Migration.BATCHED`.
       sink_tokens: the first positions of a row, kept in a float precision for ever (StreamingLLM).

@@ -41,7 +41,7 @@ _FLOAT_DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """How keys or values are quantized: `x ~ scale * code + zero_point`, codes of `bits` bits,
-    16-bit scale and zero point.
+    16-bit scale and zero point with float32's range.
 
     Attributes:
       bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.

@@ -41,7 +41,7 @@ def of_positive(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # y + 4 has 2**-21 as its last mantissa bit: its bits are the fixed-point number, without XLA's
     # guarded float-to-int conversion.
     fixed = lax.bitcast_convert_type(x * per + 4.0, jnp.int32)
-    return _digits(fixed & (2 ** (DIGITS * BITS) - 1)), most * FRACTION_UNIT
+    return _digits(fixed & (2 ** (DIGITS * BITS) - 1)), most * (FRACTION_UNIT / (1 - FRACTION_UNIT))
 
 
 def _digits(fixed: jax.Array) -> jax.Array:

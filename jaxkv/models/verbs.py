@@ -179,7 +179,7 @@ def rewind(layers: Layers, count: ArrayLike, own: Mapping[int, Any] | None = Non
     def settled(old: CacheState, new: CacheState) -> CacheState:
         """Everything but the status as it was, in rows that are refused."""
         kept = [f.name for f in dataclasses.fields(old)]
-        kept = [n for n in kept if n not in ("sinks", "tiers", "status", "config")]
+        kept = [n for n in kept if n not in ("sinks", "tiers", "refused", "changed", "config")]
         moved: dict[str, Any] = {
             n: _in_rows(refused, 1, getattr(old, n), getattr(new, n)) for n in kept
         }

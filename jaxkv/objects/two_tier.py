@@ -129,12 +129,7 @@ class TwoTierKvCache(Holder):
             else query.astype(np.float32)
         )
         try:
-            numbers = [
-                x
-                if x is None or isinstance(x, jax.Array)
-                else jax.device_put(np.array(x, np.float32))
-                for x in (scale, decay)
-            ]
+            numbers = [_on_device(x) for x in (scale, decay)]
             with self._lock:
                 out = compiled.attend(self._whole().state, given, *numbers, lengths)
             if not is_jax:

@@ -17,9 +17,9 @@ FLOATS = {Precision.FP32: np.float32, Precision.FP16: np.float16, Precision.BF16
 
 
 def finite(x: Array, largest: float) -> Array:
-    """Float32 within +-`largest`; 0 for NaN."""
+    """Float32 within +-`largest`; 0 for NaN, and for what is less than a normal number."""
     wide = np.clip(x.astype(np.float64), -largest, largest)
-    return np.where(np.isnan(wide), 0, wide).astype(np.float32)
+    return np.where(np.abs(wide) >= np.finfo(np.float32).tiny, wide, 0).astype(np.float32)
 
 
 def rotate(x: Array, inverse: bool = False) -> Array:

@@ -17,9 +17,11 @@ from jaxkv.status import Status, joined
 
 
 def finite(x: jax.Array, largest: float = LARGEST) -> jax.Array:
-    """Float32 within +-`largest`; 0 for NaN."""
+    """Float32 within +-`largest`; 0 for NaN, and for what is less than a normal number (XLA:CPU
+    takes it for 0 in some operations and not in others)."""
     x = x.astype(jnp.float32)
-    return jnp.where(x == x, jnp.clip(x, -largest, largest), 0.0)
+    least = float(jnp.finfo(jnp.float32).tiny)
+    return jnp.where(jnp.abs(x) >= least, jnp.clip(x, -largest, largest), 0.0)
 
 
 def changes(x: jax.Array, largest: float, count: jax.Array) -> jax.Array:
