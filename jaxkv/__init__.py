@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from jaxkv.config import KvCacheConfig, Migration
+from jaxkv.config import KvCacheConfig, Migration, Overflow
 from jaxkv.devices import copy
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.models.configs import layers_of
@@ -30,6 +30,7 @@ from jaxkv.presets import PRESETS, exact_ends, preset
 from jaxkv.rotary import Rotary
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
+from jaxkv.softmax import merge_outputs as merge
 from jaxkv.state import CacheState, KvCacheStats, init, nbytes
 from jaxkv.status import Status
 from jaxkv.storage import load
@@ -73,6 +74,7 @@ __all__ = [
     "Layers",
     "Migration",
     "OutOfMemoryError",
+    "Overflow",
     "PoolStats",
     "PooledBuffer",
     "PooledKvBlock",
@@ -101,6 +103,7 @@ __all__ = [
     "layers_of",
     "load",
     "load_layers",
+    "merge",
     "migrate",
     "nbytes",
     "positions",

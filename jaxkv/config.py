@@ -46,6 +46,17 @@ LONG_RING, LANES = 2048, 128
 codes in place only where it can prove that a window of them is aligned."""
 
 
+class Overflow(enum.StrEnum):
+    """What becomes of an append to a row that is full.
+
+    EVICT: the oldest tokens make room; how many have gone is `state.begin - config.sink_tokens`.
+    REFUSE: the row stays as it is and gets `Status.FULL`.
+    """
+
+    EVICT = "evict"
+    REFUSE = "refuse"
+
+
 @dataclasses.dataclass(frozen=True)
 class TierSpec:
     """One tier: it holds up to `length` tokens in a ring of `capacity` slots; position `offset`
@@ -88,6 +99,7 @@ class KvCacheConfig:
         in every ring).
       rotary: the model's rotary embedding, by the cache's own positions. With it the store takes
         the mean of the keys before the embedding out of them, where that pays (a large key bias).
+      overflow: what becomes of an append to a row that is full.
     """
 
     tail_length: int = 256
@@ -108,11 +120,13 @@ class KvCacheConfig:
     window: int | None = None
     window_sinks: bool = True
     rotary: Rotary | None = None
+    overflow: Overflow = Overflow.EVICT
 
     def __post_init__(self) -> None:
         for name in ("tail_precision", "store_precision", "warm_precision"):
             object.__setattr__(self, name, _as_enum(Precision, name, getattr(self, name)))
         object.__setattr__(self, "migration", _as_enum(Migration, "migration", self.migration))
+        object.__setattr__(self, "overflow", _as_enum(Overflow, "overflow", self.overflow))
         _check_sizes(self)
         if self.rotary is not None:
             if not isinstance(self.rotary, Rotary):

@@ -142,21 +142,25 @@ def clear(state: CacheState, rows: ArrayLike | None = None) -> CacheState:
     Raises:
       ValueError: rows of the wrong shape or dtype or, where concrete, that do not exist.
     """
+    return emptied(state, chosen(state, rows), Status.OK)
+
+
+def chosen(state: CacheState, rows: ArrayLike | None) -> jax.Array:
+    """Which rows are meant, [B] bool; `rows` as for `clear`."""
     if rows is None:
-        return emptied(state, jnp.ones(state.batch_size, bool), Status.OK)
+        return jnp.ones(state.batch_size, bool)
     given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
-    is_mask = given.dtype == np.bool_ and given.shape == (state.batch_size,)
-    if given.ndim > 1 or not (is_mask or jnp.issubdtype(given.dtype, jnp.integer)):
+    if given.dtype == np.bool_ and given.shape == (state.batch_size,):
+        return jnp.asarray(given)
+    if given.ndim > 1 or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(
             f"rows has shape {given.shape} and dtype {given.dtype}: must be an int, a vector of "
             f"row numbers, or a mask [{state.batch_size}] of bools"
         )
-    if is_mask:
-        return emptied(state, jnp.asarray(given), Status.OK)
     check_rows(given, state.batch_size)
     index = jnp.asarray(given).reshape(1, -1)
     every = jnp.arange(state.batch_size, dtype=index.dtype).reshape(-1, 1)
-    return emptied(state, (every == index).any(-1), Status.OK)
+    return (every == index).any(-1)
 
 
 def emptied(state: CacheState, where: jax.Array, status: Status) -> CacheState:

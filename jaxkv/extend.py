@@ -30,7 +30,7 @@ from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
 from jaxkv.tiers.place import Index
-from jaxkv.update import append
+from jaxkv.update import append, fitting
 
 
 def extend(
@@ -88,13 +88,14 @@ def extend(
         query, lengths = padding.together(query), padding.lengths
         keys, values = (x if x is None else padding.together(x) for x in (keys, values))
         scoring = scoring.reordered(padding.together)
+    taken = lengths if keys is None else fitting(state, lengths, size, layer)
     if keys is None or values is None or size == 1:
         if keys is not None and values is not None:
             state = append(state, keys, values, lengths, layer=layer, implementation=implementation)
-        out = attention(state, query, lengths, scoring, layer, return_lse, implementation)
+        out = attention(state, query, taken, scoring, layer, return_lse, implementation)
     else:
         out = _of_prompt(
-            state, query, keys, values, lengths, scoring, layer, return_lse, implementation
+            state, query, keys, values, taken, scoring, layer, return_lse, implementation
         )
         state = append(state, keys, values, lengths, layer=layer, implementation=implementation)
     return state, out if padding is None else jax.tree.map(padding.apart, out)

@@ -19,11 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxkv import drop, softmax, update
-from jaxkv import state as whole
 from jaxkv.attend import (
     check_room,
     finish,
@@ -33,83 +31,27 @@ from jaxkv.attend import (
     seen_singly,
 )
 from jaxkv.checks import as_counts, as_layer, check_new_tokens, check_query, in_range
-from jaxkv.config import KvCacheConfig
+from jaxkv.dealing import Deal, Shards, clear, concatenate, gather, init, stats
 from jaxkv.kernels.dispatch import Implementation
 from jaxkv.scoring import Scoring
-from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
 from jaxkv.status import Status, flagged
 from jaxkv.tiers.place import Index
-from jaxkv.trees import node
 
-
-@node
-@dataclasses.dataclass(frozen=True)
-class Shards:
-    """One cache on many devices. Made by `init`; the verbs of this module return a new one."""
-
-    # config: one device's share; leaves: [C, ...], inside shard_map [1, ...], of what `jaxkv.init`
-    # allocates
-    cache: CacheState
-    end: jax.Array  # [B] or [L, B] int32: the next position of the whole
-    axes: Axes = dataclasses.field(metadata={"static": True})
-
-    @property
-    def specs(self) -> Any:
-        """The partition spec of every leaf, a tree like this one: `in_specs` and `out_specs` of
-        `shard_map`."""
-        one = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.cache
-        )
-        cache = specs(one, self.axes)
-        dealt = jax.tree.map(lambda spec: PartitionSpec(self.axes.context, *spec), cache)
-        return dataclasses.replace(self, cache=dealt, end=cache.end)
-
-
-def init(
-    config: KvCacheConfig,
-    batch_size: int,
-    num_layers: int | None = None,
-    *,
-    mesh: Mesh,
-    axes: Axes,
-    **means: jax.Array,
-) -> Shards:
-    """An empty cache dealt out over a mesh; each device allocates its own share. `means` as for
-    `jaxkv.init`.
-
-    Raises:
-      ValueError: sizes that do not divide; see `sharding.share`.
-    """
-    check_divides("batch_size", batch_size, mesh, axes.batch)
-    part, parts = share(config, mesh, axes), size(mesh, axes.context)
-    heads_axis = 1 if num_layers is None else 2
-
-    def per_device(leaf: jax.Array) -> jax.Array:
-        # What all heads share (the units of two-level scales), all heads of one device share.
-        return (
-            jnp.repeat(leaf, size(mesh, axes.heads), heads_axis)
-            if leaf.shape[heads_axis] < config.num_kv_heads
-            else leaf
-        )
-
-    def allocate(means: dict[str, jax.Array]) -> Shards:
-        all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
-        cache = dataclasses.replace(
-            whole.init(all_heads, batch_size, num_layers, **means), config=part
-        )
-        sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
-        cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
-        return Shards(
-            jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache),
-            jnp.zeros_like(cache.end),
-            axes,
-        )
-
-    return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(
-        means
-    )
+__all__ = [
+    "Shards",
+    "append",
+    "attend",
+    "clear",
+    "concatenate",
+    "evict",
+    "gather",
+    "init",
+    "prefill",
+    "rewind",
+    "stats",
+]
 
 
 def append(
@@ -122,7 +64,7 @@ def append(
 ) -> Shards:
     """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a
     device keeps its own positions."""
-    deal = _Deal.of(shards)
+    deal = Deal.of(shards)
     layer, exists = as_layer(layer, deal.cache.num_layers)
     keys, values = check_new_tokens(
         keys,
@@ -155,7 +97,7 @@ def attend(
     **options: Any,
 ) -> Any:
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
-    deal = _Deal.of(shards)
+    deal = Deal.of(shards)
     layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
         as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1], exists
@@ -188,7 +130,7 @@ def prefill(
     **options: Any,
 ) -> tuple[Shards, Any]:
     """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
-    deal = _Deal.of(shards)
+    deal = Deal.of(shards)
     after = append(shards, keys, values, lengths, layer=layer)
     layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
@@ -212,7 +154,7 @@ def prefill(
 
 def evict(shards: Shards, count: ArrayLike) -> Shards:
     """`jaxkv.evict`; a row that any device refuses stays as it was on all."""
-    deal = _Deal.of(shards)
+    deal = Deal.of(shards)
     begin = deal.total(deal.cache.begin)
     count = as_counts("count", count, deal.cache.batch_size, None)
     return _drop(
@@ -222,13 +164,13 @@ def evict(shards: Shards, count: ArrayLike) -> Shards:
 
 def rewind(shards: Shards, count: ArrayLike) -> Shards:
     """`jaxkv.rewind`; a row that any device refuses stays as it was on all."""
-    deal = _Deal.of(shards)
+    deal = Deal.of(shards)
     end = shards.end - as_counts("count", count, deal.cache.batch_size, None)
     return _drop(shards, deal, drop.rewind, deal.below(shards.end) - deal.below(end), end)
 
 
 def _drop(
-    shards: Shards, deal: _Deal, verb: Callable[..., CacheState], count: jax.Array, end: jax.Array
+    shards: Shards, deal: Deal, verb: Callable[..., CacheState], count: jax.Array, end: jax.Array
 ) -> Shards:
     """The shards after `verb` with `count` [B] or [L, B] on this device, in rows where all devices
     agree."""
@@ -248,48 +190,11 @@ def _dealt(shards: Shards, cache: CacheState, end: jax.Array) -> Shards:
     return dataclasses.replace(shards, cache=jax.tree.map(lambda leaf: leaf[None], cache), end=end)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Deal:
-    """What this device has: its cache, and its place among the `parts` devices that positions are
-    dealt to."""
-
-    cache: CacheState
-    axis: str | None
-    parts: int
-    part: jax.Array
-
-    @classmethod
-    def of(cls, shards: Shards) -> _Deal:
-        cache, axis = jax.tree.map(lambda leaf: leaf.squeeze(0), shards.cache), shards.axes.context
-        return (
-            cls(cache, None, 1, jnp.int32(0))
-            if axis is None
-            else cls(cache, axis, lax.axis_size(axis), lax.axis_index(axis))
-        )
-
-    def below(self, position: jax.Array) -> jax.Array:
-        """How many of the positions below `position` are this device's."""
-        return (position - self.part + self.parts - 1) // self.parts
-
-    def own(self, x: jax.Array, end: jax.Array) -> jax.Array:
-        """Those of the tokens [B, T, K, H] at positions end, end + 1, ... that are this device's,
-        [B, ceil(T / C), K, H]."""
-        if self.parts == 1:
-            return x
-        index = ((self.part - end) % self.parts)[:, None] + jnp.arange(
-            0, x.shape[1], self.parts, dtype=jnp.int32
-        )
-        return jnp.take_along_axis(x, index.clip(0, x.shape[1] - 1)[..., None, None], axis=1)
-
-    def total(self, counts: jax.Array) -> jax.Array:
-        return counts if self.axis is None else lax.psum(counts, self.axis)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Dealt(Scoring):
     """Scoring of keys that are given by their position on this device."""
 
-    deal: _Deal
+    deal: Deal
 
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
         return super().visible(query, self._whole(key), sink_tokens * self.deal.parts)
@@ -305,7 +210,7 @@ class _Dealt(Scoring):
 class _Attention:
     """Attention of queries [B, T, N, H] at `position` [B, T] over what all devices hold."""
 
-    deal: _Deal
+    deal: Deal
     query: jax.Array
     position: jax.Array
     scoring: Scoring
@@ -313,7 +218,7 @@ class _Attention:
     @classmethod
     def of(
         cls,
-        deal: _Deal,
+        deal: Deal,
         query: jax.Array,
         first: jax.Array,
         count: jax.Array,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxkv.trees import node
 
@@ -85,3 +86,49 @@ def normalize(partial: Partial) -> jax.Array:
 def log_sum_exp(partial: Partial) -> jax.Array:
     """log of the softmax's denominator [...]; -inf where nothing was visible."""
     return partial.max + jnp.log(partial.sum)
+
+
+def merge_outputs(
+    outs: Sequence[jax.Array], lses: Sequence[jax.Array], sink_logits: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over all tokens from attention over disjoint parts of them, as `attend` gives it
+    with `return_lse=True`.
+
+    Args:
+      outs: each [..., N, H]. lses: each [..., N], -inf where the part showed nothing; whatever the
+        output is there.
+      sink_logits: [N], the learned logits, counted once here, and so not given to the parts.
+
+    Returns:
+      The output, in the first one's dtype, and its log-sum-exp, float32; zeros and -inf where no
+      part showed anything.
+
+    Raises:
+      ValueError: no parts, or shapes that do not go together.
+    """
+    shapes = [(jnp.shape(out), jnp.shape(lse)) for out, lse in zip(outs, lses, strict=False)]
+    if (
+        len(outs) != len(lses)
+        or not outs
+        or any((out, lse) != (shapes[0][0], shapes[0][0][:-1]) for out, lse in shapes)
+    ):
+        raise ValueError(
+            f"{len(outs)} outs and {len(lses)} lses of shapes {shapes}: must be as many, at least "
+            "one, [..., N, H] and [..., N] alike"
+        )
+    parts = []
+    for out, lse in zip(outs, lses, strict=True):
+        top = jnp.asarray(lse, jnp.float32)
+        seen = top > -jnp.inf
+        out = jnp.where(seen[..., None], jnp.asarray(out, jnp.float32), 0)
+        parts.append(Partial(out, jnp.where(seen, top, FLOOR), seen.astype(jnp.float32)))
+    if sink_logits is not None:
+        if jnp.shape(sink_logits) != parts[0].max.shape[-1:]:
+            raise ValueError(
+                f"sink_logits has shape {jnp.shape(sink_logits)}: must be [N] = "
+                f"[{parts[0].max.shape[-1]}]"
+            )
+        logits = jnp.broadcast_to(jnp.asarray(sink_logits, jnp.float32), parts[0].max.shape)
+        parts.append(Partial(jnp.zeros_like(parts[0].out), logits, jnp.ones_like(logits)))
+    merged = merge(parts)
+    return normalize(merged).astype(jnp.asarray(outs[0]).dtype), log_sum_exp(merged)

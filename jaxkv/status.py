@@ -25,11 +25,13 @@ class Status(enum.IntFlag):
     NOT_FINITE = 32  # NaN or infinite
     OUT_OF_POSITIONS = 64  # a position beyond `ring.MOST`, as int32 counts them
     OUT_OF_PAGES = 128  # the pool's free pages do not suffice, or none were reserved
+    FULL = 256  # an append would have evicted, and the config says overflow="refuse"
 
 
-def flagged(status: jax.Array, where: jax.Array, bit: Status, layer: Any = None) -> jax.Array:
-    """`status` [B] or [L, B] with a bit set in rows `where`, of one layer if one is given."""
-    bits = jnp.where(where, jnp.int32(bit), jnp.int32(0))
+def flagged(status: jax.Array, where: jax.Array, bit: Any, layer: Any = None) -> jax.Array:
+    """`status` [B] or [L, B] with a bit, or bits [B], set in rows `where`, of one layer if one is
+    given."""
+    bits = jnp.where(where, jnp.asarray(bit, jnp.int32), jnp.int32(0))
     return status | bits if layer is None else status.at[layer].set(status[layer] | bits)
 
 

@@ -8,6 +8,7 @@ the positions between a boundary's old and new place, quantized where they arriv
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxkv.checks import (
     in_range,
     is_concrete,
 )
+from jaxkv.config import KvCacheConfig, Overflow
 from jaxkv.kernels import dispatch
 from jaxkv.migration import Arrival, Passage, due, store, take_in
 from jaxkv.padding import Padding
@@ -55,7 +57,7 @@ def append(
         numbers beyond +-`config.largest` (65,504 where a tier is in fp16) as that, NaN as 0.
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
         None: all. Inside jit, a row whose length is none of these stays as it was and gets
-        `Status.OUT_OF_RANGE`.
+        `Status.OUT_OF_RANGE`; under `overflow="refuse"`, one without room for all, `Status.FULL`.
       valid: [B, T] bool instead of lengths, where padding may stand anywhere: only the tokens that
         are True enter, in their order.
       layer: which layer, an int or a traced scalar; required where the state has layers. A traced
@@ -86,6 +88,9 @@ def append(
     if lengths is not None or exists is not True:
         refused = flagged(refused, (given != count) & ~beyond, Status.OUT_OF_RANGE, layer)
     count = jnp.where(beyond, 0, count)
+    full = overflows(config, end, kept, count)
+    if full is not None:
+        refused, count = flagged(refused, full, Status.FULL, layer), jnp.where(full, 0, count)
     if state.pages is not None:
         ready = state.pages.ready(*due(config, end, kept, count), keys.shape[1])
         refused = flagged(refused, ~ready, Status.OUT_OF_PAGES, layer)
@@ -95,7 +100,8 @@ def append(
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    whole = lengths is None and exists is True and not config.sink_tokens and state.pages is None
+    whole = lengths is None and exists is True and full is None
+    whole = whole and not config.sink_tokens and state.pages is None
     new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
     passage = Passage(kept, low, new_low)
     tiers = take_in(config, state.tiers, new, passage, layer, implementation, state.pages)
@@ -118,6 +124,34 @@ def _beyond(end: jax.Array, count: jax.Array) -> jax.Array:
             f"the last position, {ring.MOST - 1}; clear the row, or start a new one"
         )
     return beyond
+
+
+def overflows(
+    config: KvCacheConfig, end: jax.Array, kept: jax.Array, count: jax.Array
+) -> jax.Array | None:
+    """Rows [B] that refuse `count` [B] tokens since they would have to evict for them, None where
+    none does; raises if some do and that can be seen now."""
+    if config.overflow is Overflow.EVICT:
+        return None
+    begin, after = (ring.starts(config, to, kept)[-1] for to in (end, end + count))
+    full = after > begin
+    if is_concrete(full) and bool(np.any(full)):
+        raise ValueError(
+            f"rows {np.flatnonzero(full).tolist()} hold {np.asarray(end - begin)[full].tolist()} "
+            f"tokens of {config.room} besides sinks, and overflow='refuse': evict or clear first"
+        )
+    return full
+
+
+def fitting(state: CacheState, lengths: ArrayLike | None, size: int, layer: Index) -> Any:
+    """`lengths` of `size` new tokens, 0 in rows that refuse theirs since they are full."""
+    if state.config.overflow is Overflow.EVICT:
+        return lengths
+    layer, exists = as_layer(layer, state.num_layers)
+    count = in_range(as_counts("lengths", lengths, state.batch_size, size), size, exists)
+    end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
+    full = overflows(state.config, end, kept, count)
+    return count if full is None else jnp.where(full, 0, count)
 
 
 def _changed(

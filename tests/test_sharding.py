@@ -3,6 +3,7 @@ cache anywhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -174,7 +175,7 @@ class Verbs:
         self.evict, self.rewind = mapped(shards.evict, rows), mapped(shards.rewind, rows)
         per_row = PartitionSpec(axes.batch, axes.context, axes.heads)
         self._gather = mapped(
-            _gathered, out=(per_row, per_row, PartitionSpec(axes.batch, axes.context))
+            shards.gather, out=(per_row, per_row, PartitionSpec(axes.batch, axes.context))
         )
         options = {"window": 20, "soft_cap": 5.0, "decay": 0.05, "return_lse": True}
         with_options = functools.partial(shards.attend, **options)
@@ -189,16 +190,6 @@ class Verbs:
         found = {int(p): np.stack([keys[i], values[i]]) for i, p in enumerate(positions) if p >= 0}
         assert len(found) == (positions >= 0).sum()  # none on two devices
         return dict(sorted(found.items()))
-
-
-def _gathered(state: Shards) -> Any:
-    cache = jax.tree.map(lambda leaf: leaf[0], state.cache)
-    keys, values, positions = jaxkv.gather(cache)
-    context = state.axes.context
-    if context is None:
-        return keys, values, positions
-    whole = positions * jax.lax.axis_size(context) + jax.lax.axis_index(context)
-    return keys, values, jax.numpy.where(positions >= 0, whole, -1)
 
 
 @functools.cache
@@ -248,6 +239,42 @@ def test_context_parallel_attention(config: KvCacheConfig) -> None:
         assert positions[4:] == list(range(max(4, ends[row] - 60), ends[row]))
     expected, _, bound = exact(state, verbs, random_query())
     assert np.abs(verbs.attend(state, random_query()) - expected).max() <= bound
+
+
+def test_stats_clear_and_concatenate_of_shards() -> None:
+    """Counts and bytes are those of one device's cache of all; cleared rows are empty, the others
+    as they were; two batches are one."""
+    state, verbs = dealt(Q4)
+    mesh, specs = mesh_of(ALL), state.specs
+    rows = jax.tree.map(lambda _: ALL.rows, jaxkv.stats(state.cache))
+    scalars = {"tail_bytes": PartitionSpec(), "store_bytes": PartitionSpec()}
+    out = dataclasses.replace(rows, compression_ratio=PartitionSpec(), **scalars)
+    stats = jit(jax.shard_map(shards.stats, mesh=mesh, in_specs=(specs,), out_specs=out))
+    alone = jaxkv.init(Q4, B)
+    for i, lengths in enumerate(LENGTHS):
+        alone = append(alone, *random_tokens(i), lengths)
+    found, wanted = stats(state), jaxkv.stats(alone)
+    np.testing.assert_array_equal(found.total_tokens, wanted.total_tokens)
+    np.testing.assert_array_equal(found.tail_tokens, wanted.tail_tokens)
+    for name in ("tail_bytes", "store_bytes", "compression_ratio"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-5)
+    cleared = jit(shards.clear)(state, np.array([0, 3]))
+    np.testing.assert_array_equal(cleared.end, np.where([1, 0, 0, 1], 0, state.end))
+    for row, gone in enumerate((True, False, False, True)):
+        held, before = verbs.held(cleared, row), verbs.held(state, row)
+        assert held.keys() == (set() if gone else before.keys())
+        assert all((pair == before[position]).all() for position, pair in held.items())
+    both = jit(lambda a, b: shards.concatenate([a, b]))(state, cleared)
+    np.testing.assert_array_equal(both.end, np.concatenate([state.end, cleared.end]))
+    gathered = Verbs(mesh, both)
+    for row in range(2 * B):
+        wanted_row = verbs.held((state, cleared)[row // B], row % B)
+        held = gathered.held(both, row)
+        assert held.keys() == wanted_row.keys()
+        assert all((pair == wanted_row[position]).all() for position, pair in held.items())
+    with pytest.raises(ValueError, match="got no shards"):
+        shards.concatenate([])
+    assert jaxkv.nbytes(state) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("gathered", [softmax.GATHERED, 0])

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxkv import drop, ring, update
 from jaxkv import state as reading
 from jaxkv.attend import attend as attend_to
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.config import KvCacheConfig, Overflow, TierSpec
 from jaxkv.formats import Format
 from jaxkv.migration import ALIGN_TOKENS
 from jaxkv.state import CacheState, Tier
@@ -85,7 +85,8 @@ stats = jax.jit(reading.stats)
 def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     """The tokens of `state`, at their positions, in a cache of another configuration with as many
     sinks; the newest that fit."""
-    sinks = config.sink_tokens
+    sinks, wanted = config.sink_tokens, config
+    config = dataclasses.replace(config, overflow=Overflow.EVICT)  # the newest that fit
     keys, values, positions = reading.gather(state)
     moved = reading.init(config)
     if sinks:
@@ -110,7 +111,9 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
         for tier, spec in zip(moved.tiers, config.chain, strict=True)
     )
     moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
-    return dataclasses.replace(moved, lost=moved.lost.at[:, -1].max(state.begin - sinks))
+    return dataclasses.replace(
+        moved, lost=moved.lost.at[:, -1].max(state.begin - sinks), config=wanted
+    )
 
 
 def _adapted(

@@ -65,6 +65,7 @@ class Holder:
         """Has a function of `compiled` change the state of `planned`, and keeps that -> what else
         the function gives."""
         leaves, structure = jax.tree.flatten(planned.state)
+        self._made.clear()
         self._planned = planned
         # One call into C: interrupts, which come between lines of Python, find the leaves stored.
         self._made[:] = map(verb, [structure], [leaves], *([arg] for arg in args))

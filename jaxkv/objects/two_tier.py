@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from jaxkv.checks import as_int
-from jaxkv.config import KvCacheConfig
+from jaxkv.config import KvCacheConfig, Overflow
 from jaxkv.devices import copy, settled
 from jaxkv.objects import compiled
 from jaxkv.objects.arrays import PIECE, Form, bucket, check_pair, check_query, cut, fill, pieces
@@ -62,7 +62,8 @@ class TwoTierKvCache(Holder):
         """Appends tokens, flat or [T, K, H]; the oldest leave each tier, and at last the cache.
 
         Raises:
-          KvCacheError: keys and values differ in shape, are not whole tokens, or not floats.
+          KvCacheError: keys and values differ in shape, are not whole tokens, or not floats; or the
+            cache has no room for them and its config says overflow="refuse".
         """
         keys, values, size, form = check_pair(
             keys, values, self.config.num_kv_heads, self.config.head_dim
@@ -77,7 +78,18 @@ class TwoTierKvCache(Holder):
                 # A cache lives where its first tokens were put.
                 record = record._replace(state=settled(record.state, keys.device))
                 self._record = record
+            self._check_room(record, size)
             self._append(record._replace(form=form), key_pieces, value_pieces, size)
+
+    def _check_room(self, record: Record, size: int) -> None:
+        config = record.state.config
+        if config.overflow is Overflow.REFUSE:
+            held = int(compiled.stats(record.state).total_tokens[0])
+            if held + size > config.max_tokens:
+                raise KvCacheError(
+                    f"{held} of {config.max_tokens} tokens are held, and overflow='refuse': evict "
+                    f"or clear before {size} more"
+                )
 
     def _append(self, record: Record, keys: list[Any], values: list[Any], size: int) -> None:
         lengths = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxkv.config import KvCacheConfig
+from jaxkv.config import KvCacheConfig, Overflow
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.reference.adapted import Adapted, adapted, neutral
 from jaxkv.reference.formats import Array, finite, mirror_of, represent
@@ -164,12 +164,20 @@ def append(
     for row, new, length in zip(
         state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True
     ):
+        if config.overflow is Overflow.REFUSE and _would_evict(config, row, length):
+            continue
         for t in range(length):
             row.tokens.append([new[t]])
             if row.end <= config.sink_tokens:
                 _enter_sinks(config, row)
             _settle(config, row)
     return state
+
+
+def _would_evict(config: KvCacheConfig, row: Row, length: int) -> bool:
+    """Whether `length` more tokens do not fit beside those held."""
+    begin = _starts(config, row)[-1]
+    return max(row.end + length, config.sink_tokens) - begin > config.room
 
 
 def migrate(state: ReferenceState) -> ReferenceState:
