@@ -28,6 +28,7 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a lock file allows one process
 }
 
 import jax
@@ -164,10 +165,9 @@ def cycles(text: str, blocks: int) -> int:
         own[computation] = own.get(computation, 0) + (int(found[1]) if found else 0)
         calls = inner.setdefault(computation, [])
         if operation == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            body = re.search(r"body=%?([\w.\-]+)", line)
-            assert body
-            calls.append((int(trips[1]) if trips else blocks, body[1]))
+            names = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            assert names
+            calls.append((_turns(text, names[1]) or blocks, names[2]))
         elif operation == "conditional":
             names = re.search(r"branch_computations=\{([^}]*)\}", line)
             calls += [(1, name.strip(" %")) for name in (names[1].split(",") if names else [])]
@@ -180,6 +180,13 @@ def cycles(text: str, blocks: int) -> int:
     return total(entry[1])
 
 
+def _turns(text: str, condition: str) -> int | None:
+    """The turns of a loop that counts up to a constant."""
+    found = re.search(rf"^%{re.escape(condition)} .*?^}}", text, re.S | re.M)
+    bound = re.search(r"= s32\[\]\S* constant\((\d+)\)", found[0] if found else "")
+    return int(bound[1]) if bound else None
+
+
 def report(what: str, name: str, rows: int, scan: bool, device: Any) -> dict[str, Any]:
     """One row of the results."""
     config = jaxkv.preset(name, max_tokens=TOKENS, num_kv_heads=HEADS, head_dim=HEAD_DIM)
@@ -188,13 +195,14 @@ def report(what: str, name: str, rows: int, scan: bool, device: Any) -> dict[str
     seconds = time.perf_counter() - start
     text, memory = program.as_text(), program.memory_analysis()
     state = jax.eval_shape(lambda: jaxkv.init(config, rows))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     block = TILED[0] // math.prod(state.tiers[-1].keys.data.shape[i] for i in (0, 1, 3))
     return {
         "cache": name,
         "step": what,
         "rows": rows,
         "layers": "scan" if scan else "unrolled",
-        "state_mb": round(jaxkv.nbytes(state) * LAYERS / 1e6, 1),
+        "state_mb": round(size * LAYERS / 1e6, 1),
         "temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 2),
         "cache_sized_copies": len(cache_sized_copies(text, config)),
         "moved_mb": round(program.cost_analysis()["bytes accessed"] / 1e6, 1),
