@@ -41,7 +41,7 @@ caches than it gains: at 16k tokens a program that stays on one core takes 6 ms,
 operation uses two takes 8.
 """
 
-TILED = 2**22, 2**20
+TILED = 2**22, 2**18
 """The bytes and the scores of a block in tiled memory: what is unpacked of it stays on the chip."""
 
 LAUNCHED = 2**24, 2**22
