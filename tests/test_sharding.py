@@ -213,7 +213,7 @@ def exact(state: Shards, verbs: Verbs, query: Array, **given: Any) -> tuple[Arra
         tokens, end = verbs.held(state, row), int(state.end[row])
         for t in range(query.shape[1]):
             at = end - query.shape[1] + t
-            seen = [p for p in tokens if options.sees(at, p, sinks)]
+            seen = [p for p in tokens if options.sees(row, t, at, p, sinks)]
             pairs = np.array([tokens[p] for p in seen])
             added = options.added(row, t, at, seen, N)
             out[row, t], lse[row, t] = reference.attention_and_lse(

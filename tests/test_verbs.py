@@ -159,7 +159,9 @@ class Pair:
         for t in range(T):
             at = end - int(self.last[row]) + t
             seen = [
-                p for p in held if t < self.last[row] and options.sees(at, p, config.sink_tokens)
+                p
+                for p in held
+                if t < self.last[row] and options.sees(row, t, at, p, config.sink_tokens)
             ]
             pairs, added = (
                 np.array([held[p] for p in seen]),
