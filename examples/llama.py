@@ -226,10 +226,16 @@ def forward(
     period = config.global_every if by_layer and config.window is not None else 1
 
     def block(carry: Attended, inputs: tuple[Array, Layer]) -> tuple[Attended, None]:
-        for j in range(period):
-            weights = jax.tree.map(lambda leaf, j=j: leaf[j], inputs[1])
-            carry = step(carry, inputs[0] + j, j, weights)
-        return carry, None
+        first, weights = inputs
+
+        def local(carry: Attended, inputs: tuple[Array, Layer]) -> tuple[Attended, None]:
+            return step(carry, first + inputs[0], 0, inputs[1]), None
+
+        if period > 1:
+            those = jax.tree.map(lambda leaf: leaf[:-1], weights)
+            carry, _ = jax.lax.scan(local, carry, (jnp.arange(period - 1), those))
+        last = jax.tree.map(lambda leaf: leaf[-1], weights)
+        return step(carry, first + period - 1, period - 1, last), None
 
     carry = state, params.embedding[tokens] * config.embedding_scale
     layers = params.layers
