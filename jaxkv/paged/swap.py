@@ -58,8 +58,16 @@ def offload(state: CacheState, row: int) -> tuple[CacheState, Parked]:
 
 def prefetch(parked: Parked) -> Parked:
     """Starts the copy back to the device, which a later `restore` then finds there."""
-    row, stored = jax.device_put((parked.row, parked.stored), jax.memory.Space.Device)
+    row, stored = jax.tree.map(_to_device, (parked.row, parked.stored))
     return dataclasses.replace(parked, row=row, stored=stored)
+
+
+def _to_device(x: Any) -> Any:
+    """What is there already stays as it is: an array that was put anywhere compiles steps anew."""
+    if isinstance(x, jax.Array):
+        is_parked = x.sharding.memory_kind == "pinned_host"
+        return jax.device_put(x, x.sharding.with_memory_kind("device")) if is_parked else x
+    return jax.device_put(x)
 
 
 def restore(state: CacheState, row: int, parked: Parked) -> tuple[CacheState, bool]:
