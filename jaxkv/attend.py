@@ -62,8 +62,8 @@ def attend(
       soft_cap, decay, bias, mask, sink_logits.
 
     Returns:
-      [B, T, N, H] in the query's dtype. A query that sees no token gives zeros; T = 0 gives
-      [B, 0, N, H]. With `return_lse`, also [B, T, N] float32.
+      [B, T, N, V] in the query's dtype. A query that sees no token gives zeros; T = 0 gives
+      [B, 0, N, V]. With `return_lse`, also [B, T, N] float32.
     """
     config = state.config
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
@@ -84,8 +84,9 @@ def attention(
     config = state.config
     layer, exists = as_layer(layer, state.num_layers)
     if query.shape[1] == 0:
-        lse = jnp.full(query.shape[:3], -jnp.inf)
-        return (query, lse) if return_lse else query
+        lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        out = jnp.zeros((*query.shape[:3], config.output_dim), query.dtype)
+        return (out, lse) if return_lse else out
     count = in_range(
         as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1], exists
     )
@@ -172,7 +173,9 @@ def over_segments(
 
         def over(part: Segment) -> Partial:
             key_basis = basis_of(part.tier.keys, part.spec.key, layer)
-            value_basis = basis_of(part.tier.values, part.spec.value, layer)
+            value_basis = key_basis
+            if part.tier.values is not None and part.spec.value is not None:
+                value_basis = basis_of(part.tier.values, part.spec.value, layer)
             mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
             if mean_score is not None:
                 mean_score = softmax.bounded(mean_score * unit)
@@ -203,7 +206,8 @@ def over_segments(
             top = found.max
             if mean_score is not None and not capped:
                 top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
-            return Partial(value_basis.output(found.out, found.sum), top, found.sum)
+            out = value_basis.output(found.out, found.sum)
+            return Partial(out[..., : part.spec.value_dim], top, found.sum)
 
         held = parts(position)
         heads = held[0].tier.keys.data.shape[-3]
@@ -264,33 +268,23 @@ def unfold(out: jax.Array, query: jax.Array) -> jax.Array:
 
 
 def raw_segments(
-    config: KvCacheConfig, keys: jax.Array, values: jax.Array, count: jax.Array, base: jax.Array
+    config: KvCacheConfig, sides: tuple[jax.Array, ...], count: jax.Array, base: jax.Array
 ) -> list[Segment]:
-    """The first `count` [B] of tokens [B, T, K, H] that no tier holds yet, at positions base[b],
-    base[b] + 1, ...; where they are more than the chain holds, those that become sinks apart."""
-    most = keys.shape[1]
+    """The first `count` [B] of tokens (`sides`: keys [B, T, K, H], and values) that no tier holds
+    yet, at positions base[b], base[b] + 1, ...; where they are more than the chain holds, those
+    that become sinks apart."""
+    most, none = sides[0].shape[1], jnp.zeros_like(count)
+
+    def raw(name: str, size: int, low: jax.Array, high: jax.Array) -> Segment:
+        value = None if len(sides) == 1 else Precision.FP32
+        spec = TierSpec(name, size, size, 0, Precision.FP32, value, value_dim=config.output_dim)
+        held = (Tokens(jnp.swapaxes(finite(side[:, :size]), 1, 2)) for side in sides)
+        return Segment(Tier(*held), spec, low, high, base)
+
     if not config.sink_tokens or most <= config.room:
-        return [_raw("raw", keys, values, jnp.zeros_like(count), count, base)]
-    size = min(config.sink_tokens, most)
+        return [raw("raw", most, none, count)]
     few = jnp.clip(config.sink_tokens - base, 0, count)
-    return [
-        _raw("sinks", keys[:, :size], values[:, :size], jnp.zeros_like(count), few, base),
-        _raw("raw", keys, values, few, count, base),
-    ]
-
-
-def _raw(
-    name: str,
-    keys: jax.Array,
-    values: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
-    base: jax.Array,
-) -> Segment:
-    size = keys.shape[1]
-    spec = TierSpec(name, size, size, 0, Precision.FP32, Precision.FP32)
-    tier = Tier(*(Tokens(jnp.swapaxes(finite(x), 1, 2)) for x in (keys, values)))
-    return Segment(tier, spec, low, high, base)
+    return [raw("sinks", min(config.sink_tokens, most), none, few), raw("raw", most, few, count)]
 
 
 def seen_singly(config: KvCacheConfig, part: Segment, ends: jax.Array) -> Segment:

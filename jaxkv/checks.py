@@ -75,18 +75,26 @@ def as_floats(name: str, array: Any, shape: str, wanted: tuple[int | None, ...])
 
 
 def check_new_tokens(
-    keys: Any, values: Any, batch: int, heads: int, head_dim: int, size: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """New keys and values, which must be [B, T, K, H] alike, with T at least 1 (and `size`, where
-    given)."""
-    keys = as_floats("keys", keys, "[B, T, K, H]", (batch, size, heads, head_dim))
+    keys: Any,
+    values: Any,
+    batch: int,
+    heads: int,
+    dims: tuple[int, ...],
+    size: int | None = None,
+) -> tuple[jax.Array, ...]:
+    """New keys [B, T, K, H] and values [B, T, K, V], with T at least 1 (and `size`, where given).
+    `dims` is H and V; H alone where values are a part of the keys, and none may be given."""
+    keys = as_floats("keys", keys, "[B, T, K, H]", (batch, size, heads, dims[0]))
     if keys.shape[1] == 0:
         raise ValueError(
             f"keys.shape={keys.shape}: T must be at least 1; append nothing by passing lengths=0"
         )
-    return keys, as_floats(
-        "values", values, "[B, T, K, H]", (batch, keys.shape[1], heads, head_dim)
-    )
+    if len(dims) == 1:
+        if values is not None:
+            raise ValueError("values_from_keys: values are a part of the keys; pass values=None")
+        return (keys,)
+    wanted = (batch, keys.shape[1], heads, dims[1])
+    return keys, as_floats("values", values, "[B, T, K, V]", wanted)
 
 
 def check_query(query: Any, batch: int, heads: int, head_dim: int) -> jax.Array:

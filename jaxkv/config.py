@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.checks import as_int
@@ -67,13 +68,19 @@ class TierSpec:
     capacity: int
     offset: int
     key: Format
-    value: Format
+    value: Format | None  # None: values are a part of the keys
     rotary: Rotary | None = None  # of the model, where the keys' format asks for it
+    value_dim: int | None = None  # elements of a value; None: as many as a key has
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of what is stored: the keys, and the values unless they are a part of them."""
+        return (self.key,) if self.value is None else (self.key, self.value)
 
     @property
     def group(self) -> int:
         """Tokens that must enter this tier together."""
-        return max(channel_group(self.key), channel_group(self.value))
+        return max(channel_group(fmt) for fmt in self.formats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,10 @@ class KvCacheConfig:
       sink_tokens: the first positions of a row, kept in a float precision for ever (StreamingLLM).
       warm_length: tokens of an optional tier between tail and store, in `warm_precision`.
       key_quant, value_quant: recipes of the store that replace `store_precision`'s own.
+      value_dim: elements of a value head, and so of an output head; None: `head_dim`.
+      values_from_keys: V, where the values are the first V elements of the keys (the latents of
+        DeepSeek's models: one head of 512 + 64): they are stored once, and every verb takes
+        `values=None`.
       migration: when tokens leave a tier.
       window: the default `window` of attention: queries see this many of the newest positions, and
         the sinks.
@@ -115,6 +126,8 @@ class KvCacheConfig:
     warm_precision: Precision = Precision.Q8
     key_quant: QuantSpec | None = None
     value_quant: QuantSpec | None = None
+    value_dim: int | None = None
+    values_from_keys: int | None = None
     migration: Migration = Migration.EAGER
     rewind_length: int = 0
     window: int | None = None
@@ -135,6 +148,17 @@ class KvCacheConfig:
         _check_groups(self)
 
     @property
+    def output_dim(self) -> int:
+        """V: elements of a value, and of an output."""
+        return self.values_from_keys or self.value_dim or self.head_dim
+
+    @property
+    def side_dims(self) -> tuple[int, ...]:
+        """The elements of a head of what is stored: keys, and values unless a part of them."""
+        stored_once = self.values_from_keys is not None
+        return (self.head_dim,) if stored_once else (self.head_dim, self.output_dim)
+
+    @property
     def room(self) -> int:
         """The most tokens the chain holds: `max_tokens` without the sinks."""
         return self.max_tokens - self.sink_tokens
@@ -152,14 +176,14 @@ class KvCacheConfig:
     @property
     def sink_spec(self) -> TierSpec:
         """The sinks as a tier: they never leave it."""
-        return TierSpec(
-            "sinks", self.sink_tokens, self.sink_tokens, 0, self.sink_precision, self.sink_precision
-        )
+        size, precision = self.sink_tokens, self.sink_precision
+        value = None if self.values_from_keys else precision
+        return TierSpec("sinks", size, size, 0, precision, value, value_dim=self.output_dim)
 
     @property
     def largest(self) -> float:
         """The largest magnitude that every tier and the sinks hold; tokens enter within it."""
-        formats = [fmt for tier in self.chain for fmt in (tier.key, tier.value)]
+        formats = [fmt for tier in self.chain for fmt in tier.formats]
         formats += [self.sink_precision] if self.sink_tokens else []
         return LARGEST_FP16 if Precision.FP16 in formats else LARGEST
 
@@ -167,22 +191,28 @@ class KvCacheConfig:
     def chain(self) -> tuple[TierSpec, ...]:
         """The tiers, newest first. A tier that can hold nothing is left out."""
         store_length = self.room - self.tail_length - self.warm_length
+
         # Only the last tier aligns: what leaves a tier must have the same bits in every program,
         # and a general reflection has not.
+        def sides(precision: Precision, *quants: QuantSpec | None) -> list[Format]:
+            return [
+                self._resolve(quant, dim) or self._format(precision, dim)
+                for quant, dim in zip(quants, self.side_dims, strict=False)
+            ]
+
         tail, warm = (
-            unaligned(self._format(precision))
+            [unaligned(fmt) for fmt in sides(precision, None, None)]
             for precision in (self.tail_precision, self.warm_precision)
         )
-        store = self._format(self.store_precision)
+        store = sides(self.store_precision, self.key_quant, self.value_quant)
+        if len(store) == 1:  # what is only for keys cannot be undone in a sum of values
+            store = [of_values(store[0])]
+        else:
+            store = [self._of_keys(store[0]), of_values(store[1])]
         wanted = [
-            ("hot", self.tail_length, tail, tail),
-            ("warm", self.warm_length, warm, warm),
-            (
-                "cold",
-                store_length,
-                self._of_keys(self._resolve(self.key_quant) or store),
-                of_values(self._resolve(self.value_quant) or store),
-            ),
+            ("hot", self.tail_length, tail),
+            ("warm", self.warm_length, warm),
+            ("cold", store_length, store),
         ]
         held = [tier for tier in wanted if tier[1] > 0]
         last = len(held) - 1
@@ -190,13 +220,16 @@ class KvCacheConfig:
             TierSpec(
                 name,
                 length,
-                self._capacity(length, i == 0, i == last, key, value),
+                self._capacity(length, i == 0, i == last, formats),
                 self.sink_tokens,
-                key,
-                value,
-                self.rotary if isinstance(key, QuantSpec) and key.turned_mean else None,
+                formats[0],
+                formats[1] if len(formats) > 1 else None,
+                self.rotary
+                if isinstance(formats[0], QuantSpec) and formats[0].turned_mean
+                else None,
+                self.output_dim,
             )
-            for i, (name, length, key, value) in enumerate(held)
+            for i, (name, length, formats) in enumerate(held)
         )
 
     def _of_keys(self, fmt: Format) -> Format:
@@ -208,7 +241,7 @@ class KvCacheConfig:
         return fmt
 
     def _capacity(
-        self, length: int, is_first: bool, is_last: bool, key: Format, value: Format
+        self, length: int, is_first: bool, is_last: bool, formats: Sequence[Format]
     ) -> int:
         # A tier that passes tokens on is written before it is read, so it needs slots for what
         # arrives at once besides what is due; a rewind moves the boundary above it by whole
@@ -217,24 +250,24 @@ class KvCacheConfig:
         rewound = -(-self.rewind_length // arrival) * arrival
         # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no
         # exact rewind leaves it so.
-        learning = self.rewind_length > 0 and (learns(key) or learns(value))
+        learning = self.rewind_length > 0 and any(map(learns, formats))
         spare = self.rewind_length + learning if is_last else self.step - 1 + max(arrival, rewound)
-        unit = max(channel_group(key), channel_group(value))
+        unit = max(channel_group(fmt) for fmt in formats)
         if length >= LONG_RING:
             unit = math.lcm(unit, LANES)
         return -(-(length + spare) // unit) * unit
 
-    def _format(self, precision: Precision) -> Format:
-        resolved = self._resolve(_DEFAULT_SPECS[precision]) if precision.is_quantized else None
+    def _format(self, precision: Precision, dim: int) -> Format:
+        resolved = self._resolve(_DEFAULT_SPECS[precision], dim) if precision.is_quantized else None
         return resolved or precision
 
-    def _resolve(self, spec: QuantSpec | None) -> QuantSpec | None:
+    def _resolve(self, spec: QuantSpec | None, dim: int) -> QuantSpec | None:
         if spec is None or spec.group_size is not None:
             return spec
         largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
         return dataclasses.replace(
             spec,
-            group_size=32 if spec.axis == "channel" else _group_size(self.head_dim, largest),
+            group_size=32 if spec.axis == "channel" else _group_size(dim, largest),
         )
 
 
@@ -271,6 +304,20 @@ def _check_sizes(config: KvCacheConfig) -> None:
         object.__setattr__(config, name, value)
     if config.window is not None:
         object.__setattr__(config, "window", as_int("window", config.window, least=1))
+    for name in ("value_dim", "values_from_keys"):
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, as_int(name, getattr(config, name), least=1))
+    if config.values_from_keys is not None:
+        if config.values_from_keys > config.head_dim:
+            raise ValueError(
+                f"values_from_keys={config.values_from_keys}: keys have head_dim={config.head_dim} "
+                "elements; give at most as many"
+            )
+        if config.value_dim is not None or config.value_quant is not None:
+            raise ValueError(
+                "values_from_keys: values are a part of the keys; leave value_dim and value_quant "
+                "out"
+            )
     least = config.tail_length + config.warm_length + config.sink_tokens
     if config.max_tokens < least:
         raise ValueError(
@@ -286,19 +333,22 @@ def _check_sizes(config: KvCacheConfig) -> None:
 
 def _check_groups(config: KvCacheConfig) -> None:
     for index, tier in enumerate(config.chain):
-        for name, fmt in (("key", tier.key), ("value", tier.value)):
+        for name, fmt, dim in zip(("key", "value"), tier.formats, config.side_dims, strict=False):
             if isinstance(fmt, QuantSpec):
-                _check_group(config, f"{tier.name} {name}s", fmt, is_first=index == 0)
+                _check_group(config, f"{tier.name} {name}s", fmt, dim, is_first=index == 0)
 
 
-def _check_group(config: KvCacheConfig, where: str, spec: QuantSpec, is_first: bool) -> None:
-    group, width = spec.group_size, config.head_dim * config.num_kv_heads
+def _check_group(
+    config: KvCacheConfig, where: str, spec: QuantSpec, dim: int, is_first: bool
+) -> None:
+    group, width = spec.group_size, dim * config.num_kv_heads
+    name = "head_dim" if where.endswith("keys") or config.value_dim is None else "value_dim"
     assert group is not None
     if spec.axis == "token":
-        if config.head_dim % group and group != width:
+        if dim % group and group != width:
             raise ValueError(
-                f"group_size={group} for the {where}: must divide head_dim={config.head_dim}, "
-                f"or be num_kv_heads * head_dim = {width} for one group per token"
+                f"group_size={group} for the {where}: must divide {name}={dim}, "
+                f"or be num_kv_heads * {name} = {width} for one group per token"
             )
     elif is_first:
         raise ValueError(

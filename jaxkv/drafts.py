@@ -41,7 +41,7 @@ def keep(state: CacheState, indices: ArrayLike, of: ArrayLike) -> CacheState:
         `Status.OUT_OF_RANGE`.
     """
     config, first = state.config, state.config.chain[0]
-    if not isinstance(first.key, Precision) or not isinstance(first.value, Precision):
+    if not all(isinstance(fmt, Precision) for fmt in first.formats):
         raise ValueError(
             f"keep needs newest tokens in a float precision, and the {first.name} tier is "
             "quantized: set tail_length to at least the length of your drafts"
@@ -65,8 +65,9 @@ def keep(state: CacheState, indices: ArrayLike, of: ArrayLike) -> CacheState:
     position = (state.end - count)[..., None] + jnp.maximum(chosen, 0)
 
     def of_layer(held: CacheState, layer: Index, at: jax.Array, valid: jax.Array) -> CacheState:
-        pair = (_newest(held, side, at, layer) for side in ("keys", "values"))
-        return append(held, *pair, valid=valid, layer=layer)
+        sides = [_newest(held, side, at, layer) for side in range(len(first.formats))]
+        values = sides[1] if len(sides) > 1 else None
+        return append(held, sides[0], values, valid=valid, layer=layer)
 
     if state.num_layers is None:
         return of_layer(rewound, None, position, valid)
@@ -97,17 +98,16 @@ def _out_of_order(chosen: jax.Array, of: jax.Array) -> jax.Array:
     return (falls | (chosen >= of[:, None]) | (chosen < -1)).any(1)
 
 
-def _newest(state: CacheState, side: str, position: jax.Array, layer: Index) -> jax.Array:
+def _newest(state: CacheState, side: int, position: jax.Array, layer: Index) -> jax.Array:
     """Keys or values [B, n, K, H] of positions [B, n] that the first tier, or the sinks, hold."""
     first = state.config.chain[0]
 
     def read(held: Any, fmt: Format, capacity: int, offset: int) -> jax.Array:
         return tokens.read(held, fmt, ring.slot_of(position, offset, capacity), layer)
 
-    fmt = first.key if side == "keys" else first.value
-    found = read(getattr(state.tiers[0], side), fmt, first.capacity, first.offset)
+    found = read(state.tiers[0].sides[side], first.formats[side], first.capacity, first.offset)
     if state.sinks is None:
         return found
     sinks = state.config.sink_spec
-    early = read(getattr(state.sinks, side), sinks.key, sinks.capacity, 0)
+    early = read(state.sinks.sides[side], sinks.key, sinks.capacity, 0)
     return jnp.where((position < state.config.sink_tokens)[..., None, None], early, found)

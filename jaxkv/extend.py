@@ -57,9 +57,9 @@ def extend(
     tail's rounding; quantized where there is no tail). `prefill` does the same.
 
     Args:
-      query: [B, T, N, H]; keys, values: [B, T, K, H]. None for layers that only look at what
-        another layer has appended (shared caches): then the queries are those of the newest T
-        tokens, and `attend` says what they see.
+      query: [B, T, N, H]; keys: [B, T, K, H]; values: [B, T, K, V], or None where they are a part
+        of the keys. Both None for layers that only look at what another layer has appended (shared
+        caches): then the queries are those of the newest T tokens, and `attend` says what they see.
       valid: [B, T] bool, False for padding, on either side or in the middle: it never enters the
         cache, and gets zeros. Outputs, masks, biases and windows are in the caller's order.
       lengths: [B], instead of valid: the first lengths[b] tokens of row b are valid.
@@ -78,26 +78,29 @@ def extend(
     check_either(lengths, valid)
     if size == 0:
         return state, attention(state, query, None, scoring, layer, return_lse, implementation)
+    sides: tuple[jax.Array, ...] = ()
     if keys is not None or values is not None:
-        keys, values = check_new_tokens(
-            keys, values, state.batch_size, config.num_kv_heads, config.head_dim, size
+        sides = check_new_tokens(
+            keys, values, state.batch_size, config.num_kv_heads, config.side_dims, size
         )
     padding = None
     if valid is not None:
         padding = Padding.of(valid, state.batch_size, size)
         query, lengths = padding.together(query), padding.lengths
-        keys, values = (x if x is None else padding.together(x) for x in (keys, values))
+        sides = tuple(map(padding.together, sides))
         scoring = scoring.reordered(padding.together)
-    taken = lengths if keys is None else fitting(state, lengths, size, layer)
-    if keys is None or values is None or size == 1:
-        if keys is not None and values is not None:
-            state = append(state, keys, values, lengths, layer=layer, implementation=implementation)
+    taken = fitting(state, lengths, size, layer) if sides else lengths
+
+    def appended() -> CacheState:
+        pair = sides[0], sides[1] if len(sides) > 1 else None
+        return append(state, *pair, lengths, layer=layer, implementation=implementation)
+
+    if not sides or size == 1:
+        state = appended() if sides else state
         out = attention(state, query, taken, scoring, layer, return_lse, implementation)
     else:
-        out = _of_prompt(
-            state, query, keys, values, taken, scoring, layer, return_lse, implementation
-        )
-        state = append(state, keys, values, lengths, layer=layer, implementation=implementation)
+        out = _of_prompt(state, query, sides, taken, scoring, layer, return_lse, implementation)
+        state = appended()
     return state, out if padding is None else jax.tree.map(padding.apart, out)
 
 
@@ -105,7 +108,7 @@ def prefill(
     state: CacheState,
     query: jax.Array,
     keys: jax.Array,
-    values: jax.Array,
+    values: jax.Array | None,
     lengths: ArrayLike | None = None,
     **options: Any,
 ) -> tuple[CacheState, Any]:
@@ -116,8 +119,7 @@ def prefill(
 def _of_prompt(
     state: CacheState,
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    sides: tuple[jax.Array, ...],
     lengths: ArrayLike | None,
     scoring: Scoring,
     layer: Index,
@@ -146,5 +148,5 @@ def _of_prompt(
         )
 
     held = over(segments(state, layer), layer)
-    raw = over(raw_segments(config, keys, values, count, end), None)
+    raw = over(raw_segments(config, sides, count, end), None)
     return finish([held, raw], scoring, query, return_lse)

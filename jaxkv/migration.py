@@ -125,8 +125,7 @@ class Arrival:
     """Tokens on their way into a tier: positions base .. base + M - 1, of which [first, stop) are
     to be written."""
 
-    keys: jax.Array  # [B, M, K, H]
-    values: jax.Array
+    sides: tuple[jax.Array, ...]  # keys [B, M, K, H], and values unless a part of them
     base: jax.Array  # [B] int32, as are first and stop
     first: jax.Array
     stop: jax.Array
@@ -134,7 +133,7 @@ class Arrival:
 
     @property
     def size(self) -> int:
-        return int(self.keys.shape[1])
+        return int(self.sides[0].shape[1])
 
 
 def _positions(base: jax.Array, size: int) -> jax.Array:
@@ -165,12 +164,13 @@ def store(
         whole,
         pages,
     )
-    keys, turned = arrival.keys, tokens.turned_mean_of(tier.keys, spec.rotary, layer)
+    keys, turned = arrival.sides[0], tokens.turned_mean_of(tier.keys, spec.rotary, layer)
     if turned is not None:
         keys = keys.astype(jnp.float32) - turned.at(_positions(base, arrival.size))
-    written = dispatch.write(tier.keys, spec.key, keys, run, layer, implementation)
-    values = dispatch.write(tier.values, spec.value, arrival.values, run, layer, implementation)
-    return Tier(written, values)
+    sides = zip(tier.sides, spec.formats, (keys, *arrival.sides[1:]), strict=True)
+    return Tier(
+        *(dispatch.write(held, fmt, new, run, layer, implementation) for held, fmt, new in sides)
+    )
 
 
 def _from(arrival: Arrival, index: jax.Array, size: int) -> Arrival:
@@ -180,18 +180,15 @@ def _from(arrival: Arrival, index: jax.Array, size: int) -> Arrival:
     def cut(x: jax.Array) -> jax.Array:
         return jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, size))(x, index)
 
-    return dataclasses.replace(
-        arrival, keys=cut(arrival.keys), values=cut(arrival.values), base=arrival.base + index
-    )
+    sides = tuple(cut(side) for side in arrival.sides)
+    return dataclasses.replace(arrival, sides=sides, base=arrival.base + index)
 
 
-def first_of(arrival: Arrival) -> tuple[jax.Array, jax.Array]:
+def first_of(arrival: Arrival) -> tuple[jax.Array, ...]:
     """The keys and values [B, 1, K, H] of the first token to be written; of a row that has none,
     any."""
     index = (arrival.first - arrival.base).clip(0, arrival.size - 1)[:, None, None, None]
-    return jnp.take_along_axis(arrival.keys, index, 1), jnp.take_along_axis(
-        arrival.values, index, 1
-    )
+    return tuple(jnp.take_along_axis(side, index, 1) for side in arrival.sides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +215,9 @@ class Source:
         base = ring.round_down(self.config, passage.low[self.index])
         size = -(-self.arrival.size // self.config.step) * self.config.step
         position = jnp.maximum(_positions(base, size), passage.kept[:, self.index, None])
-        return Arrival(*self.tokens_at(position), base, *passage.into(self.config, self.index + 1))
+        return Arrival(self.tokens_at(position), base, *passage.into(self.config, self.index + 1))
 
-    def first_tokens(self, first: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def first_tokens(self, first: jax.Array) -> tuple[jax.Array, ...]:
         """Some of the tokens from `first` on, and their positions [B, n]: `ALIGN_TOKENS` without
         the `ODD_TOKENS`."""
         size = min(ALIGN_TOKENS, self.spec.length)
@@ -228,7 +225,7 @@ class Source:
         position = _positions(first + skip, size - skip)
         return *self.tokens_at(position), position
 
-    def tokens_at(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def tokens_at(self, position: jax.Array) -> tuple[jax.Array, ...]:
         """Keys and values [B, M, K, H] of positions [B, M] that the tier holds or held before the
         arrival.
 
@@ -254,20 +251,22 @@ class Source:
                 tokens.read(before, fmt, slots, self.layer),
             )
 
-        keys = half(self.old.keys, self.written.keys, spec.key, self.arrival.keys)
-        return keys, half(self.old.values, self.written.values, spec.value, self.arrival.values)
+        every = zip(
+            self.old.sides, self.written.sides, spec.formats, self.arrival.sides, strict=True
+        )
+        return tuple(half(*one) for one in every)
 
 
 def adapted(
     tier: Tier,
     spec: TierSpec,
     entering: jax.Array,
-    first: Callable[[], tuple[jax.Array, jax.Array, jax.Array]],
+    first: Callable[[], tuple[jax.Array, ...]],
     layer: Index,
 ) -> Tier:
     """The tier with its basis learnt where a row's first tokens are `entering` [B]; `first` gives
     some of those, [B, n, K, H], and their positions [B, n]."""
-    halves = (tier.keys, spec.key), (tier.values, spec.value)
+    halves = list(zip(tier.sides, spec.formats, strict=True))
     old = [tokens.learnt(half) for half, _ in halves]
     if not any(old):
         return tier

@@ -170,7 +170,7 @@ def _tier(part: KvCacheConfig, spec: TierSpec, heads: int, parts: int, total: in
     return TierPlan(
         spec.name,
         describe(spec.key),
-        describe(spec.value),
+        describe(spec.key if spec.value is None else spec.value),
         spec.length * parts,
         spec.capacity * parts,
         bytes_per_token(part, spec) * heads,
@@ -193,9 +193,7 @@ def _fp16_bytes(layers: Sequence[Layer], tokens: int) -> int:
 
 def fp16_per_token(config: KvCacheConfig) -> int:
     """Bytes of one token of one layer in fp16."""
-    is_latent = getattr(config, "values_from_keys", None) is not None
-    values = 0 if is_latent else getattr(config, "value_dim", None) or config.head_dim
-    return 2 * config.num_kv_heads * (config.head_dim + values)
+    return 2 * config.num_kv_heads * sum(config.side_dims)
 
 
 def _fits(layers: Sequence[Layer], batch_size: int, mesh: AbstractMesh, memory: int) -> Fits:

@@ -103,6 +103,8 @@ def exact_ends(
         max_tokens=config.max_tokens,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        value_dim=config.value_dim,
+        values_from_keys=config.values_from_keys,
         sink_tokens=config.sink_tokens,
         rewind_length=config.rewind_length,
         window=config.window,

@@ -100,10 +100,13 @@ def share(config: KvCacheConfig, mesh: AnyMesh, axes: Axes) -> KvCacheConfig:
     for name in names:
         check_divides(name, getattr(config, name), mesh, axes.context)
     formats = [
-        fmt for tier in config.chain for fmt in (tier.key, tier.value) if isinstance(fmt, QuantSpec)
+        (fmt, dim)
+        for tier in config.chain
+        for fmt, dim in zip(tier.formats, config.side_dims, strict=True)
+        if isinstance(fmt, QuantSpec)
     ]
     if heads > 1 and any(
-        fmt.axis == "token" and (fmt.group_size or 0) > config.head_dim for fmt in formats
+        fmt.axis == "token" and (fmt.group_size or 0) > dim for fmt, dim in formats
     ):
         raise ValueError(
             "a quantization group over all heads cannot be split by heads: choose a group_size "

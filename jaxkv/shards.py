@@ -57,7 +57,7 @@ __all__ = [
 def append(
     shards: Shards,
     keys: jax.Array,
-    values: jax.Array,
+    values: jax.Array | None,
     lengths: ArrayLike | None = None,
     *,
     layer: Index = None,
@@ -66,18 +66,17 @@ def append(
     device keeps its own positions."""
     deal = Deal.of(shards)
     layer, exists = as_layer(layer, deal.cache.num_layers)
-    keys, values = check_new_tokens(
-        keys,
-        values,
-        deal.cache.batch_size,
-        deal.cache.config.num_kv_heads,
-        deal.cache.config.head_dim,
+    config = deal.cache.config
+    sides = check_new_tokens(
+        keys, values, deal.cache.batch_size, config.num_kv_heads, config.side_dims
     )
     given = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
     count = in_range(given, keys.shape[1], exists)
     end = shards.end if layer is None else shards.end[layer]
     own = deal.below(end + count) - deal.below(end)
-    cache = update.append(deal.cache, deal.own(keys, end), deal.own(values, end), own, layer=layer)
+    parts = [deal.own(side, end) for side in sides]
+    values = parts[1] if len(parts) > 1 else None
+    cache = update.append(deal.cache, parts[0], values, own, layer=layer)
     if lengths is not None or exists is not True:
         refused = flagged(cache.refused, given != count, Status.OUT_OF_RANGE, layer)
         cache = dataclasses.replace(cache, refused=refused)
@@ -121,7 +120,7 @@ def prefill(
     shards: Shards,
     query: jax.Array,
     keys: jax.Array,
-    values: jax.Array,
+    values: jax.Array | None,
     lengths: ArrayLike | None = None,
     *,
     scale: ArrayLike | None = None,
@@ -132,6 +131,9 @@ def prefill(
     """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
     deal = Deal.of(shards)
     after = append(shards, keys, values, lengths, layer=layer)
+    if keys.shape[1] == 1:
+        options |= {"scale": scale, "lengths": lengths, "layer": layer, "return_lse": return_lse}
+        return after, attend(after, query, **options)
     layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
         as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1], exists
@@ -139,7 +141,8 @@ def prefill(
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
     config = deal.cache.config
-    new = raw_segments(config, deal.own(keys, end), deal.own(values, end), stop - first, first)
+    sides = tuple(deal.own(side, end) for side in (keys, values) if side is not None)
+    new = raw_segments(config, sides, stop - first, first)
     attention = _Attention.of(deal, query, end, count, scale, options)
 
     def seen(parts: list[Segment]) -> Callable[[jax.Array], list[Segment]]:

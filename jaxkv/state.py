@@ -30,7 +30,12 @@ class Tier:
     """Keys and values of one tier."""
 
     keys: Tokens
-    values: Tokens
+    values: Tokens | None = None  # None: a part of the keys
+
+    @property
+    def sides(self) -> tuple[Tokens, ...]:
+        """What is stored, as `TierSpec.formats`."""
+        return (self.keys,) if self.values is None else (self.keys, self.values)
 
 
 @node
@@ -97,8 +102,8 @@ def init(
     Args:
       num_layers: every array gets a leading axis L, and `append`, `attend` and `prefill` take
         `layer=`.
-      key_mean, value_mean: [K, H] (or [L, K, H]), what tiers with `center=True` subtract before
-        they quantize.
+      key_mean, value_mean: [K, H] and [K, V] (or [L, K, H] and [L, K, V]), what tiers with
+        `center=True` subtract before they quantize.
       device: a device or a sharding to put the arrays on; None: JAX's default. Where there are
         several and others of a step's arguments have been put on one, give it here, or the step's
         second call compiles it anew.
@@ -122,25 +127,23 @@ def allocated(
     """The arrays of `init`; with `pages`, the last tier's are those of a pool, and one page more,
     which is nobody's."""
     lead = (batch_size,) if num_layers is None else (num_layers, batch_size)
-    heads, head_dim = config.num_kv_heads, config.head_dim
+    heads = config.num_kv_heads
 
-    def tier(key: Any, value: Any, capacity: int, stored: tuple[int, ...] | None = None) -> Tier:
+    def tier(spec: TierSpec, capacity: int, stored: tuple[int, ...] | None = None) -> Tier:
         return Tier(
-            *(tokens.allocate(fmt, lead, heads, capacity, head_dim, stored) for fmt in (key, value))
+            *(
+                tokens.allocate(fmt, lead, heads, capacity, dim, stored)
+                for fmt, dim in zip(spec.formats, config.side_dims, strict=True)
+            )
         )
 
-    sinks = (
-        tier(config.sink_precision, config.sink_precision, config.sink_tokens)
-        if config.sink_tokens
-        else None
-    )
+    sinks = tier(config.sink_spec, config.sink_tokens) if config.sink_tokens else None
     *chain, last = config.chain
-    tiers = [tier(spec.key, spec.value, spec.capacity) for spec in chain]
+    tiers = [tier(spec, spec.capacity) for spec in chain]
     if pages is None:
-        tiers.append(tier(last.key, last.value, last.capacity))
+        tiers.append(tier(last, last.capacity))
     else:
-        stored = (*lead[:-1], pages.num_pages + 1)
-        tiers.append(tier(last.key, last.value, pages.size, stored))
+        tiers.append(tier(last, pages.size, (*lead[:-1], pages.num_pages + 1)))
     zeros = jnp.zeros(lead, jnp.int32)
     lost = jnp.zeros((*lead, len(tiers)), jnp.int32)
     refused, changed = jnp.zeros_like(zeros), jnp.zeros((*lead, heads), jnp.int32)
@@ -171,16 +174,20 @@ def with_means(
         )
 
     uses = any(
-        isinstance(f, QuantSpec) and f.center
-        for spec in state.config.chain
-        for f in (spec.key, spec.value)
+        isinstance(f, QuantSpec) and f.center for spec in state.config.chain for f in spec.formats
     )
     if not uses and not (key_mean is None and value_mean is None):
         raise ValueError(
             "a mean was given, but no tier uses it: set center=True in key_quant or value_quant"
         )
+    names, means = ("key_mean", "value_mean"), (key_mean, value_mean)
     tiers = tuple(
-        Tier(given(t.keys, "key_mean", key_mean), given(t.values, "value_mean", value_mean))
+        Tier(
+            *(
+                given(side, name, mean)
+                for side, name, mean in zip(t.sides, names, means, strict=False)
+            )
+        )
         for t in state.tiers
     )
     return dataclasses.replace(state, tiers=tiers)
@@ -231,11 +238,10 @@ class Segment:
     def codes_only(self) -> Segment:
         """The same codes without their basis, for kernels: they multiply codes, and know nothing of
         means and rotations."""
-        keys, values = (tokens.without_basis(t) for t in (self.tier.keys, self.tier.values))
-        spec = dataclasses.replace(
-            self.spec, key=plain(self.spec.key), value=plain(self.spec.value), rotary=None
-        )
-        return dataclasses.replace(self, tier=Tier(keys, values), spec=spec)
+        sides = map(tokens.without_basis, self.tier.sides)
+        value = None if self.spec.value is None else plain(self.spec.value)
+        spec = dataclasses.replace(self.spec, key=plain(self.spec.key), value=value, rotary=None)
+        return dataclasses.replace(self, tier=Tier(*sides), spec=spec)
 
 
 def segments(
@@ -283,7 +289,7 @@ def stats(state: CacheState) -> KvCacheStats:
     total = sum(tokens_of.values(), jnp.zeros_like(state.end))
     tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]
     fp16 = total.astype(jnp.float32).sum() * (
-        2.0 * 2 * state.config.num_kv_heads * state.config.head_dim
+        2.0 * state.config.num_kv_heads * sum(state.config.side_dims)
     )
     ratio = jnp.where(fp16 > 0, fp16 / jnp.maximum(tail + store, 1.0), 1.0)
     return KvCacheStats(
@@ -307,8 +313,8 @@ def bytes_per_token(config: KvCacheConfig, spec: TierSpec) -> float:
     """Device bytes of one token of one layer in a tier: codes, scales and zero points of keys and
     values."""
     halves = [
-        tokens.shapes(fmt, config.num_kv_heads, spec.capacity, config.head_dim)
-        for fmt in (spec.key, spec.value)
+        tokens.shapes(fmt, config.num_kv_heads, spec.capacity, dim)
+        for fmt, dim in zip(spec.formats, config.side_dims, strict=True)
     ]
     arrays = jax.tree.leaves([tokens.without_basis(half) for half in halves])
     return float(sum(array.size * array.dtype.itemsize for array in arrays)) / spec.capacity
@@ -324,7 +330,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     it unpacks the whole cache.
 
     Returns:
-      keys, values: [B, P, K, H] float32, zeros where empty; P = max_tokens.
+      keys [B, P, K, H], values [B, P, K, V] float32, zeros where empty; P = max_tokens.
       positions: [B, P] int32, -1 where empty.
       With several layers and no `layer`, each has a leading axis L.
     """
@@ -341,19 +347,21 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     )
     end = jnp.maximum(sinks_held, parts[0 if state.sinks is None else 1].high)
     position = jnp.where((position < end[:, None]) & exists, position, -1)
-    shape = (*position.shape, state.config.num_kv_heads, state.config.head_dim)
-    keys = values = jnp.zeros(shape, jnp.float32)
+    config, shape = state.config, (*position.shape, state.config.num_kv_heads)
+    sides = [jnp.zeros((*shape, dim), jnp.float32) for dim in config.side_dims]
     for part in parts:
-        inside = ((position >= part.low[:, None]) & (position < part.high[:, None]))[
-            ..., None, None
+        inside = (position >= part.low[:, None]) & (position < part.high[:, None])
+        found = [
+            _tokens_at(part, held, fmt, position, layer)
+            for held, fmt in zip(part.tier.sides, part.spec.formats, strict=True)
         ]
-        found = _tokens_at(part, part.tier.keys, part.spec.key, position, layer)
         turned = tokens.turned_mean_of(part.tier.keys, part.spec.rotary, layer)
-        found = found if turned is None else found + turned.at(position)
-        keys = jnp.where(inside, found, keys)
-        values = jnp.where(
-            inside, _tokens_at(part, part.tier.values, part.spec.value, position, layer), values
-        )
+        found[0] = found[0] if turned is None else found[0] + turned.at(position)
+        sides = [
+            jnp.where(inside[..., None, None], new, old)
+            for old, new in zip(sides, found, strict=True)
+        ]
+    keys, values = sides[0], sides[-1][..., : config.output_dim]
     return keys, values, position
 
 

@@ -189,8 +189,8 @@ def _trimmed(state: CacheState, end: np.ndarray) -> CacheState:
     config, lead = state.config, state.end.shape
     used = max(int(end.max()) - config.sink_tokens, 0)
 
-    def cut(held: Tokens, fmt: Format, capacity: int) -> Tokens:
-        part = tokens.shapes(fmt, config.num_kv_heads, capacity, config.head_dim)
+    def cut(held: Tokens, fmt: Format, capacity: int, dim: int) -> Tokens:
+        part = tokens.shapes(fmt, config.num_kv_heads, capacity, dim)
         return jax.tree.map(
             lambda _, leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), held, part
         )
@@ -198,8 +198,8 @@ def _trimmed(state: CacheState, end: np.ndarray) -> CacheState:
     tiers = []
     for tier, spec in zip(state.tiers, config.chain, strict=True):
         capacity = min(spec.capacity, -(-used // spec.group) * spec.group)
-        keys, values = cut(tier.keys, spec.key, capacity), cut(tier.values, spec.value, capacity)
-        tiers.append(Tier(keys, values))
+        sides = zip(tier.sides, spec.formats, config.side_dims, strict=True)
+        tiers.append(Tier(*(cut(held, fmt, capacity, dim) for held, fmt, dim in sides)))
     return dataclasses.replace(state, tiers=tuple(tiers))
 
 

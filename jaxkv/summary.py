@@ -42,7 +42,7 @@ def summary(name: str, config: KvCacheConfig, end: Any) -> str:
         sizes.insert(0, f"{size} {unit}")
     tiers = [config.sink_spec] * bool(config.sink_tokens) + list(config.chain)
     lines = [
-        f"  {tier.name:5} {tier.length:9,} tokens  {describe(tier.key)} | {describe(tier.value)}"
+        f"  {tier.name:5} {tier.length:9,} tokens  {' | '.join(map(describe, tier.formats))}"
         for tier in tiers
     ]
     return "\n".join([f"{name}: {', '.join(sizes)}; {_positions(end)}", *lines])

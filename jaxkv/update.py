@@ -8,6 +8,7 @@ the positions between a boundary's old and new place, quantized where they arriv
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from jaxkv.tiers.place import Index
 def append(
     state: CacheState,
     keys: jax.Array,
-    values: jax.Array,
+    values: jax.Array | None,
     lengths: ArrayLike | None = None,
     *,
     valid: ArrayLike | None = None,
@@ -52,7 +53,8 @@ def append(
     Appending T tokens gives the same bits as T appends of one.
 
     Args:
-      keys, values: [B, T, K, H], any float dtype; rounded to the tail's precision. What no tier
+      keys, values: [B, T, K, H] and [B, T, K, V], any float dtype (values None where they are a
+        part of the keys); rounded to the tail's precision. What no tier
         could hold enters changed, and its row gets `Status.SATURATED` or `Status.NOT_FINITE`:
         numbers beyond +-`config.largest` (65,504 where a tier is in fp16) as that, NaN as 0.
       lengths: [B] ints in 0 .. T: how many of the T tokens are valid in each row (the first ones).
@@ -73,15 +75,14 @@ def append(
     """
     config = state.config
     layer, exists = as_layer(layer, state.num_layers)
-    keys, values = check_new_tokens(
-        keys, values, state.batch_size, config.num_kv_heads, config.head_dim
-    )
+    sides = check_new_tokens(keys, values, state.batch_size, config.num_kv_heads, config.side_dims)
+    size = sides[0].shape[1]
     if valid is not None:
-        padding = Padding.of(valid, *keys.shape[:2])
         check_either(lengths, valid)
-        keys, values, lengths = *map(padding.together, (keys, values)), padding.lengths
-    given = as_counts("lengths", lengths, state.batch_size, keys.shape[1])
-    count = in_range(given, keys.shape[1], exists)
+        padding = Padding.of(valid, state.batch_size, size)
+        sides, lengths = tuple(map(padding.together, sides)), padding.lengths
+    given = as_counts("lengths", lengths, state.batch_size, size)
+    count = in_range(given, size, exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     beyond = _beyond(end, count)
     refused = flagged(state.refused, beyond, Status.OUT_OF_POSITIONS, layer)
@@ -92,17 +93,17 @@ def append(
     if full is not None:
         refused, count = flagged(refused, full, Status.FULL, layer), jnp.where(full, 0, count)
     if state.pages is not None:
-        ready = state.pages.ready(*due(config, end, kept, count), keys.shape[1])
+        ready = state.pages.ready(*due(config, end, kept, count), size)
         refused = flagged(refused, ~ready, Status.OUT_OF_PAGES, layer)
         count = jnp.where(ready, count, 0)
-    changed = _changed(state, keys, values, count, layer)
-    keys, values = (entry.finite(x, config.largest) for x in (keys, values))
+    changed = _changed(state, sides, count, layer)
+    sides = tuple(entry.finite(x, config.largest) for x in sides)
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
     whole = lengths is None and exists is True and full is None
     whole = whole and not config.sink_tokens and state.pages is None
-    new = Arrival(keys, values, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
+    new = Arrival(sides, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
     passage = Passage(kept, low, new_low)
     tiers = take_in(config, state.tiers, new, passage, layer, implementation, state.pages)
     sinks = state.sinks
@@ -155,11 +156,11 @@ def fitting(state: CacheState, lengths: ArrayLike | None, size: int, layer: Inde
 
 
 def _changed(
-    state: CacheState, keys: jax.Array, values: jax.Array, count: jax.Array, layer: Index
+    state: CacheState, sides: tuple[jax.Array, ...], count: jax.Array, layer: Index
 ) -> jax.Array:
     """`state.changed` with the bits of the first `count` [B] of new tokens."""
-    bits = entry.changes(keys, state.config.largest, count)
-    bits |= entry.changes(values, state.config.largest, count)
+    found = [entry.changes(side, state.config.largest, count) for side in sides]
+    bits = functools.reduce(jnp.bitwise_or, found)
     old = state.changed
     return old | bits if layer is None else old.at[layer].set(old[layer] | bits)
 

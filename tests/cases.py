@@ -136,6 +136,19 @@ def _with_rewinds() -> list[Case]:
     ]  # fmt: skip
 
 
+def _values_apart() -> list[Case]:
+    # Values of another size than keys, and values that are a part of them.
+    return [
+        Case("fp16_q4_values24", config(4, FP16, Q4, 16, 2, 32, value_dim=24), 4, PROMPT),
+        Case("fp32_q8_channel_values36", config(4, FP32, Q4, 28, 1, 16, warm_length=8, migration=BATCHED,
+             key_quant=channels(4, 4), value_dim=36, sink_tokens=2), 2),
+        Case("latent_q4", config(3, FP16, Q4, 14, 1, 40, values_from_keys=32, sink_tokens=2), 4),
+        Case("latent_bf16_q8", config(4, BF16, Q8, 14, 1, 24, values_from_keys=16, rewind_length=3), 4, PROMPT),
+        Case("latent_channel", config(4, FP32, Q4, 20, 2, 16, values_from_keys=10, migration=BATCHED,
+             key_quant=channels(4, 4)), 4),
+    ]  # fmt: skip
+
+
 def _long() -> list[Case]:
     # Rings of more slots than the attention's block, and no multiple of it.
     return [
@@ -147,7 +160,14 @@ def _long() -> list[Case]:
 
 CASES = {
     case.name: case
-    for case in [*_one_tier(), *_two_tiers(), *_three_tiers(), *_with_rotary(), *_with_rewinds()]
+    for case in [
+        *_one_tier(),
+        *_two_tiers(),
+        *_three_tiers(),
+        *_with_rotary(),
+        *_with_rewinds(),
+        *_values_apart(),
+    ]
 }
 LONG = {case.name: case for case in _long()}
 REWINDS = {name: case for name, case in CASES.items() if case.config.rewind_length}
@@ -169,15 +189,19 @@ TOLERANCE = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def random_tokens(rng: np.random.Generator, case: Case, length: int) -> tuple[Array, Array]:
-    """Keys and values [B, length, K, H]. Channels differ in size and offset, as those of real keys
-    do."""
-    shape = (case.batch_size, length, case.config.num_kv_heads, case.config.head_dim)
+    """Keys [B, length, K, H] and values [B, length, K, V] (the keys' first where they are a part of
+    these). Channels differ in size and offset, as those of real keys do."""
+    config = case.config
+    shape = (case.batch_size, length, config.num_kv_heads, config.head_dim)
     channel = np.exp(rng.normal(size=shape[2:]) / 2)
     offset = rng.normal(size=shape[2:])
     keys = (rng.normal(size=shape) + offset) * channel
     if case.config.rotary is not None:  # a model whose keys have a large bias and uneven channels
         keys = keys * np.exp(rng.normal(size=shape[2:]) * 2) + biased(rng, case, length)
-    return keys.astype(np.float32), rng.normal(size=shape).astype(np.float32)
+    keys = keys.astype(np.float32)
+    if config.values_from_keys is not None:
+        return keys, keys[..., : config.values_from_keys]
+    return keys, rng.normal(size=(*shape[:3], config.output_dim)).astype(np.float32)
 
 
 def biased(rng: np.random.Generator, case: Case, length: int) -> Array:
@@ -202,6 +226,11 @@ CODE_UNIT = (
     2.0**-21
 )  # queries and probabilities are counted in this fraction of their largest (kernels/digits.py)
 TIE = 1e-3  # of a step: how near to a tie float32 arithmetic may fall to either side
+
+
+def empty_outputs(query: Array, case: Case) -> Array:
+    """Zeros like outputs of a query, [B, T, N, V]."""
+    return np.zeros((*query.shape[:3], case.config.output_dim), query.dtype)
 
 
 def norms(x: Array) -> Array:
@@ -336,7 +365,7 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
     """`bound` added up over the tiers that each token held has been in: [2, K] for key and value,
     by position."""
     config, data, sinks = state.config, state.rows[row], state.config.sink_tokens
-    nothing = np.zeros((2, config.num_kv_heads))
+    nothing, dims = np.zeros((2, config.num_kv_heads)), (config.head_dim, config.output_dim)
 
     def enter(
         positions: Sequence[int],
@@ -347,20 +376,23 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
     ) -> Array:
         x, sides = np.stack([data.tokens[position][tier] for position in positions]), []
         for side, fmt in enumerate(formats):
-            entry, was = Entry(x[:, side], fmt, data.mirrors[tier][side]), before[:, side]
+            cut = (..., slice(dims[side]))
+            entry = Entry(x[:, side][cut], fmt, data.mirrors[tier][side][cut])
+            was = before[:, side]
             sides.append(
                 adapted_bound(bound, entry, was, basis, positions)
                 if side == 0
                 else bound(entry, was)
             )
-        return np.stack(sides, axis=1)
+        # Values that are a part of the keys are no further off than these.
+        return np.stack([sides[0], sides[-1]], axis=1)
 
     @functools.cache
     def entered(first: int, tier: int) -> Array:
         spec = config.chain[tier]
         group = range(first, first + spec.group)
         before = np.stack([after(position, tier - 1) for position in group])
-        return enter(group, before, tier, (spec.key, spec.value), data.adapted[tier])
+        return enter(group, before, tier, spec.formats, data.adapted[tier])
 
     def after(position: int, tier: int) -> Array:
         if tier < 0:
@@ -373,7 +405,7 @@ def accumulate(state: ReferenceState, row: int, bound: Bound) -> dict[int, Array
     for position, pair in reference.held(state, row).items():
         if position < sinks:
             formats, none = (
-                [config.sink_precision] * 2,
+                config.sink_spec.formats,
                 reference.neutral(config.num_kv_heads, config.head_dim),
             )
             bounds[position] = enter([position], nothing[None], 0, formats, none)[0]

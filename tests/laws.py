@@ -20,7 +20,7 @@ from jaxkv.reference import ReferenceState
 
 gather = jax.jit(jaxkv.gather)
 stats = jax.jit(jaxkv.stats)
-prefill = jax.jit(jaxkv.prefill)
+_prefill = jax.jit(jaxkv.prefill)
 evict = jax.jit(jaxkv.evict)
 rewind = jax.jit(jaxkv.rewind)
 take_rows = jax.jit(jaxkv.take_rows)
@@ -48,7 +48,20 @@ def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
 def append(state: CacheState, keys: Array, values: Array, lengths: Any = None) -> CacheState:
     """The compiled append; always with lengths, so that there is one program for each shape."""
     lengths = keys.shape[1] if lengths is None else lengths
-    return _append(state, keys, values, np.broadcast_to(lengths, len(keys)).astype(np.int32))
+    lengths = np.broadcast_to(lengths, len(keys)).astype(np.int32)
+    return _append(state, keys, given(state.config, values), lengths)
+
+
+def given(config: jaxkv.KvCacheConfig, values: Array) -> Array | None:
+    """Values as the verbs take them: None where they are a part of the keys."""
+    return None if config.values_from_keys is not None else values
+
+
+def prefill(
+    state: CacheState, query: Array, keys: Array, values: Array, *rest: Any, **options: Any
+) -> Any:
+    """The compiled prefill."""
+    return _prefill(state, query, keys, given(state.config, values), *rest, **options)
 
 
 def attend(
@@ -107,9 +120,18 @@ def run(case: Case) -> Run:
 
 
 def held(contents: Contents, row: int) -> dict[int, Array]:
-    """Key and value [2, K, H] by position, as `gather` gives them."""
+    """Key and value [2, K, W] by position, as `gather` gives them."""
     keys, values, positions = (np.asarray(x)[row] for x in contents)
-    return {int(p): np.stack([keys[i], values[i]]) for i, p in enumerate(positions) if p >= 0}
+    return {int(p): pair(keys[i], values[i]) for i, p in enumerate(positions) if p >= 0}
+
+
+def pair(keys: Array, values: Array) -> Array:
+    """Keys [..., K, H] and values [..., K, V] as [..., 2, K, W], the shorter one filled up."""
+    width = max(keys.shape[-1], values.shape[-1])
+    sides = [
+        np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (keys, values)
+    ]
+    return np.stack(sides, axis=-3)
 
 
 def tier_of(state: CacheState, row: int) -> dict[int, str]:
@@ -160,7 +182,8 @@ def exact_attention(
 ) -> tuple[Array, Array]:
     """Attention in float64 over what `gather` gives as of each query's own token, or of `raw`
     tokens after it; and the rounding allowed [B, T, 1, 1]."""
-    out, bound = np.zeros(query.shape), np.zeros((*query.shape[:2], 1, 1))
+    width = state.config.output_dim
+    out, bound = np.zeros((*query.shape[:3], width)), np.zeros((*query.shape[:2], 1, 1))
     lengths = np.broadcast_to(query.shape[1] if lengths is None else lengths, len(query))
     room, sinks = state.config.room, state.config.sink_tokens
     contents = gather(state)
@@ -173,7 +196,8 @@ def exact_attention(
             visible, end = held(contents, b) | new, int(state.end[b]) + len(new) - length + t + 1
             seen = range(end) if not raw else {*range(end - room, end), *range(min(sinks, end))}
             pairs = np.array([pair for p, pair in visible.items() if p in seen])
-            out[b, t] = reference.exact_attention(query[b, t], pairs)
+            if len(pairs):
+                out[b, t] = reference.exact_attention(query[b, t], pairs)[:, :width]
             bound[b, t] = attention_bound(query[b, t], pairs)
     return out, bound
 

@@ -34,6 +34,7 @@ from laws import (
     exact_attention,
     extend,
     gather,
+    given,
     over,
     prefill,
     run,
@@ -144,8 +145,8 @@ def test_shards_of_a_batch(case: Case, rng: np.random.Generator) -> None:
 
 
 VERBS: dict[str, Callable[..., CacheState]] = {
-    "append": lambda state, new: jaxkv.append(state, new, new),
-    "prefill": lambda state, new: jaxkv.prefill(state, new, new, new)[0],
+    "append": lambda state, new: jaxkv.append(state, new, given(state.config, new)),
+    "prefill": lambda state, new: jaxkv.prefill(state, new, new, given(state.config, new))[0],
     "migrate": lambda state, new: jaxkv.migrate(state),
     "evict": lambda state, new: jaxkv.evict(state, jnp.zeros((), jnp.int32) + 2),
     "rewind": lambda state, new: jaxkv.rewind(state, jnp.ones(state.batch_size, jnp.int32)),

@@ -129,7 +129,11 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
     if head_dim % 8:
         return f"head_dim={head_dim} is no multiple of 8"
-    for held, fmt in ((part.tier.keys, part.spec.key), (part.tier.values, part.spec.value)):
+    if part.spec.value is None:
+        return "it reads values apart from the keys, and here they are a part of them"
+    if part.spec.value_dim not in (None, head_dim):
+        return f"it takes values like keys, not value_dim={part.spec.value_dim} beside {head_dim}"
+    for held, fmt in zip(part.tier.sides, part.spec.formats, strict=True):
         arrays = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
         unknown = [
             name for name, array in arrays.items() if array is not None and name not in READABLE

@@ -86,6 +86,7 @@ def partial_attention(
     rows = min(max(8, 1 << (r - 1).bit_length()), tuning.rows)
     chunks = pl.cdiv(r, rows)
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
+    assert spec.value is not None  # `dispatch.refusal`
     windowed, layered = limits.since is not None, layer is not None
     plan = Plan(
         side(spec.key, h),

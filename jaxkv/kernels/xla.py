@@ -79,7 +79,9 @@ def partial_attention(
     """
     # Outside the loop over rows: XLA:CPU copies an array [B, 1, S, W] that is carried around a
     # loop.
-    sides = Blocks.of(part.tier.keys, part.spec.key), Blocks.of(part.tier.values, part.spec.value)
+    sides = tuple(
+        Blocks.of(held, fmt) for held, fmt in zip(part.tier.sides, part.spec.formats, strict=True)
+    )
     is_large = (
         min(TILE_BYTES // _slot_bytes(part, query), SCORES * query.shape[-1] // query.size)
         < SLOTS[1]
@@ -109,7 +111,7 @@ def partial_attention(
 
 def _attend(
     part: Segment,
-    sides: tuple[Blocks, Blocks],
+    sides: tuple[Blocks, ...],
     query: jax.Array,
     unit: jax.Array,
     visible: Visible,
@@ -120,12 +122,16 @@ def _attend(
 ) -> Partial:
     """`partial_attention` over all rows at once, or of one row, in which only the tier still has
     the others."""
-    spec, (keys, values) = part.spec, sides
+    # Where values are a part of the keys, the keys' codes serve both products.
+    spec, keys, values = part.spec, sides[0], sides[-1]
     blocks = walk(part, newest, _block_size(part, query))
     never = (
         part.high[0] == -1
     )  # the compiler sees through `< 0` where positions are a maximum with 0
-    key, value = (reader(fmt, query.shape[-1], never) for fmt in (spec.key, spec.value))
+    key = reader(spec.key, query.shape[-1], never)
+    value = key
+    if spec.value is not None:
+        value = reader(spec.value, spec.value_dim or query.shape[-1], never)
     operand = key.query(query)
 
     def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:

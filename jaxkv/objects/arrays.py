@@ -35,16 +35,25 @@ class Form:
         return jax.device_put(formed) if self.is_jax else formed
 
 
-def check_pair(keys: Any, values: Any, heads: int, head_dim: int) -> tuple[Any, Any, int, Form]:
-    """New keys and values, flat or [T, K, H] -> the same as arrays, T, and their form.
+def check_pair(
+    keys: Any, values: Any, heads: int, dims: tuple[int, ...]
+) -> tuple[Any, Any, int, Form]:
+    """New keys and values, flat or [T, K, H] and [T, K, V] -> the same as arrays, T, their form.
+    `dims` is H and V; H alone where values are a part of the keys, and None.
 
     Raises:
-      KvCacheError: keys and values differ in shape, are not whole tokens, or not floats.
+      KvCacheError: keys and values differ in length, are not whole tokens, or not floats.
     """
-    keys, values = _as_array("keys", keys), _as_array("values", values)
-    if keys.shape != values.shape:
+    keys = _as_array("keys", keys)
+    if len(dims) == 1 and values is not None:
+        raise KvCacheError("values_from_keys: values are a part of the keys; pass values=None")
+    if len(dims) > 1:
+        values = _as_array("values", values)
+        if dims[0] == dims[1] and keys.shape != values.shape:
+            raise KvCacheError(f"Key and value lengths must match: {keys.shape=}, {values.shape=}")
+    size = _token_count("keys", keys, heads, dims[0])
+    if len(dims) > 1 and _token_count("values", values, heads, dims[1]) != size:
         raise KvCacheError(f"Key and value lengths must match: {keys.shape=}, {values.shape=}")
-    size = _token_count("keys", keys, heads, head_dim)
     return keys, values, size, Form(isinstance(keys, jax.Array), keys.ndim == 1)
 
 

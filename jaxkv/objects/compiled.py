@@ -39,11 +39,12 @@ def donated(verb: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
 
 @donated
 def append(
-    state: CacheState, keys: jax.Array, values: jax.Array, lengths: jax.Array | None
+    state: CacheState, keys: jax.Array, values: jax.Array | None, lengths: jax.Array | None
 ) -> CacheState:
-    """Tokens are flat or [T, K, H], lengths [1] or None."""
-    shape = (1, -1, state.config.num_kv_heads, state.config.head_dim)
-    return update.append(state, keys.reshape(shape), values.reshape(shape), lengths)
+    """Tokens are flat or [T, K, H] (values [T, K, V], or None), lengths [1] or None."""
+    config, lead = state.config, (1, -1, state.config.num_kv_heads)
+    values = None if values is None else values.reshape(*lead, config.output_dim)
+    return update.append(state, keys.reshape(*lead, config.head_dim), values, lengths)
 
 
 @jax.jit
@@ -54,10 +55,11 @@ def attend(
     decay: ArrayLike | None,
     lengths: jax.Array | None,
 ) -> jax.Array:
-    """Attention of a query [N * H], [N, H] or [T, N, H]; the output has its shape."""
+    """Attention of a query [N * H], [N, H] or [T, N, H]; the output has its shape, with V in place
+    of H."""
     shape = (1, query.shape[0] if query.ndim == 3 else 1, -1, state.config.head_dim)
     out: jax.Array = attend_to(state, query.reshape(shape), scale, lengths=lengths, decay=decay)
-    return out.reshape(query.shape)
+    return out.reshape(-1 if query.ndim == 1 else (*query.shape[:-1], state.config.output_dim))
 
 
 @donated
@@ -87,12 +89,11 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     sinks; the newest that fit."""
     sinks, wanted = config.sink_tokens, config
     config = dataclasses.replace(config, overflow=Overflow.EVICT)  # the newest that fit
-    keys, values, positions = reading.gather(state)
+    *sides, positions = reading.gather(state)
+    sides = sides[: len(config.side_dims)]
     moved = reading.init(config)
     if sinks:
-        moved = update.append(
-            moved, keys[:, :sinks], values[:, :sinks], jnp.minimum(state.end, sinks)
-        )
+        moved = _appended(moved, [x[:, :sinks] for x in sides], jnp.minimum(state.end, sinks))
     # The chain starts where the old one does, so that positions stay; in front of a group of tokens
     # that is cut there, copies of its first token held stand for those evicted, which the group's
     # scale would otherwise have to span as zeros.
@@ -104,21 +105,23 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     source = sinks + jnp.maximum(
         jnp.arange(state.config.room + config.step - 1) - missing[:, None], 0
     )
-    source = jnp.minimum(source, keys.shape[1] - 1)[..., None, None]
-    keys, values = (jnp.take_along_axis(x, source, axis=1) for x in (keys, values))
+    source = jnp.minimum(source, sides[0].shape[1] - 1)[..., None, None]
+    sides = [jnp.take_along_axis(x, source, axis=1) for x in sides]
     tiers = tuple(
-        _adapted(tier, spec, keys, values, first)
+        _adapted(tier, spec, sides, first)
         for tier, spec in zip(moved.tiers, config.chain, strict=True)
     )
-    moved = update.append(dataclasses.replace(moved, tiers=tiers), keys, values, held + missing)
+    moved = _appended(dataclasses.replace(moved, tiers=tiers), sides, held + missing)
     return dataclasses.replace(
         moved, lost=moved.lost.at[:, -1].max(state.begin - sinks), config=wanted
     )
 
 
-def _adapted(
-    tier: Tier, spec: TierSpec, keys: jax.Array, values: jax.Array, start: jax.Array
-) -> Tier:
+def _appended(state: CacheState, sides: list[jax.Array], lengths: jax.Array) -> CacheState:
+    return update.append(state, sides[0], sides[1] if len(sides) > 1 else None, lengths)
+
+
+def _adapted(tier: Tier, spec: TierSpec, given: list[jax.Array], start: jax.Array) -> Tier:
     """An empty tier that has learned its basis, if any, from the oldest of tokens [1, P, K, H], the
     first of them at position `start` [1].
 
@@ -132,4 +135,5 @@ def _adapted(
         learnt = learn(held, fmt, spec.rotary, first, position, every, None)
         return dataclasses.replace(held, **learnt)
 
-    return Tier(half(tier.keys, spec.key, keys), half(tier.values, spec.value, values))
+    sides = zip(tier.sides, spec.formats, given, strict=True)
+    return Tier(*(half(*side) for side in sides))

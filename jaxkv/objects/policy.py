@@ -84,7 +84,7 @@ class QuantizedStore(CacheQuantization):
 
     def achieved_by(self, config: KvCacheConfig) -> QuantizedStore:
         """The same with the ratio of a cache of this configuration."""
-        fp16 = 2 * 2 * config.num_kv_heads * config.head_dim
+        fp16 = 2 * config.num_kv_heads * sum(config.side_dims)
         return dataclasses.replace(
             self, compression_ratio=fp16 / bytes_per_token(config, config.chain[-1])
         )

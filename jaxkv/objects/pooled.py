@@ -58,7 +58,8 @@ class PooledKvBlock(OnLoan):
         Raises:
           KvCacheError: keys and values differ in shape or are not whole tokens. Nothing is written.
         """
-        keys, values, size, _ = check_pair(keys, values, *self._shape)
+        heads, head_dim = self._shape
+        keys, values, size, _ = check_pair(keys, values, heads, (head_dim, head_dim))
         size = min(size, self.remaining_tokens())
         self._token_count = self._write(keys, values, size)
         return size
@@ -156,7 +157,7 @@ class PooledKvCache:
           OutOfMemoryError: no block to be had.
         """
         heads, head_dim = self.config.num_kv_heads, self.config.head_dim
-        keys, values, size, form = check_pair(keys, values, heads, head_dim)
+        keys, values, size, form = check_pair(keys, values, heads, (head_dim, head_dim))
         new = [np.asarray(x, np.float32).reshape(-1) for x in (keys, values)]
         with self._lock:
             blocks, _ = self._held

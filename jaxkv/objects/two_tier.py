@@ -58,20 +58,24 @@ class TwoTierKvCache(Holder):
         """A cache whose aligned reads use a given pool."""
         return cls(config, pool)
 
-    def append(self, keys: Any, values: Any) -> None:
-        """Appends tokens, flat or [T, K, H]; the oldest leave each tier, and at last the cache.
+    def append(self, keys: Any, values: Any = None) -> None:
+        """Appends tokens, flat or [T, K, H] (values [T, K, V], or None where they are a part of the
+        keys); the oldest leave each tier, and at last the cache.
 
         Raises:
           KvCacheError: keys and values differ in shape, are not whole tokens, or not floats; or the
             cache has no room for them and its config says overflow="refuse".
         """
         keys, values, size, form = check_pair(
-            keys, values, self.config.num_kv_heads, self.config.head_dim
+            keys, values, self.config.num_kv_heads, self.config.side_dims
         )
         if size == 0:
             return
-        shape = (self.config.num_kv_heads, self.config.head_dim)
-        key_pieces, value_pieces = pieces(keys, size, shape), pieces(values, size, shape)
+        heads, config = self.config.num_kv_heads, self.config
+        key_pieces = pieces(keys, size, (heads, config.head_dim))
+        value_pieces: list[Any] = [None] * len(key_pieces)
+        if values is not None:
+            value_pieces = pieces(values, size, (heads, config.output_dim))
         with self._lock:
             record = self._whole()
             if isinstance(keys, jax.Array) and keys.committed and not record.state.end.committed:
@@ -145,7 +149,8 @@ class TwoTierKvCache(Holder):
             with self._lock:
                 out = compiled.attend(self._whole().state, given, *numbers, lengths)
             if not is_jax:
-                return np.asarray(out)[: len(query)].astype(query.dtype)
+                out = np.asarray(out).astype(query.dtype)
+                return out[:size] if query.ndim == 3 else out
             return out if size == bucket(size) else cut(out, size)
         except (TypeError, ValueError, JaxRuntimeError) as error:
             raise _translated(str(error)) from error

@@ -115,7 +115,7 @@ def _with_copies(state: CacheState, tier: Tier, source: jax.Array, target: jax.A
             held, **{name: x.at[to].set(x[at]) for name, x in arrays.items()}
         )
 
-    return Tier(copy(tier.keys), copy(tier.values))
+    return Tier(*map(copy, tier.sides))
 
 
 def fork(state: CacheState, source: ArrayLike, target: ArrayLike) -> CacheState:

@@ -104,7 +104,7 @@ def _own(state: CacheState) -> dict[str, Any]:
     return {
         "sinks": state.sinks,
         "tiers": state.tiers[:-1],
-        "basis": [_basis(half) for half in (last.keys, last.values)],
+        "basis": [_basis(half) for half in last.sides],
         "end": state.end,
         "lost": state.lost,
         "refused": state.refused,
@@ -118,10 +118,7 @@ def _basis(held: Tokens) -> dict[str, Any]:
 
 def _with_own(state: CacheState, own: dict[str, Any]) -> CacheState:
     last, basis = state.tiers[-1], own["basis"]
-    halves = (
-        dataclasses.replace(half, **new)
-        for half, new in zip((last.keys, last.values), basis, strict=True)
-    )
+    halves = (dataclasses.replace(half, **new) for half, new in zip(last.sides, basis, strict=True))
     return dataclasses.replace(
         state,
         sinks=own["sinks"],

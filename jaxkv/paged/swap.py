@@ -118,7 +118,7 @@ def _read(state: CacheState, row: jax.Array, ids: jax.Array) -> tuple[Row, Any]:
         }
 
     last = state.tiers[-1]
-    return snapshot(state, row), (pages(last.keys), pages(last.values))
+    return snapshot(state, row), tuple(map(pages, last.sides))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -145,5 +145,5 @@ def _write(state: CacheState, row: jax.Array, held: Row, stored: Any) -> CacheSt
         return dataclasses.replace(side, **{n: put(getattr(side, n), x) for n, x in new.items()})
 
     last = state.tiers[-1]
-    tier = Tier(filled(last.keys, stored[0]), filled(last.values, stored[1]))
+    tier = Tier(*map(filled, last.sides, stored))
     return dataclasses.replace(state, tiers=(*state.tiers[:-1], tier))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxkv.formats import LARGEST
-from jaxkv.reference.cache import ReferenceState, append, held, per_row
+from jaxkv.reference.cache import ReferenceState, append, as_pairs, held, per_row
 from jaxkv.reference.formats import Array, finite
 
 
@@ -73,16 +73,17 @@ def exact_attention(query: Array, pairs: Array, scale: ArrayLike | None = None) 
 def attention_and_lse(
     query: Array, pairs: Array, scale: ArrayLike | None, added: Array, options: Options
 ) -> tuple[Array, Array]:
-    """Attention of query [N, H] over pairs [S, 2, K, H] with `added` [N, S] to the scores; its
-    log-sum-exps [N], -inf of nothing."""
-    out, lse = np.zeros(query.shape), np.full(len(query), -np.inf)
+    """Attention of query [N, H] over pairs [S, 2, K, W] with `added` [N, S] to the scores, and as
+    wide as the pairs; its log-sum-exps [N], -inf of nothing. Keys are the first H elements."""
+    width = pairs.shape[-1] if pairs.ndim == 4 else query.shape[1]
+    out, lse = np.zeros((len(query), width)), np.full(len(query), -np.inf)
     scales = np.broadcast_to(query.shape[1] ** -0.5 if scale is None else scale, len(query))
     for head in range(len(query)):
-        scores, values = np.zeros(0), np.zeros((0, query.shape[1]))
+        scores, values = np.zeros(0), np.zeros((0, width))
         if len(pairs):
             kv_head = head * pairs.shape[2] // len(query)
             keys, values = (
-                pairs[:, 0, kv_head].astype(np.float64),
+                pairs[:, 0, kv_head, : query.shape[1]].astype(np.float64),
                 pairs[:, 1, kv_head].astype(np.float64),
             )
             scores = bounded(scales[head] * (keys @ query[head].astype(np.float64)))
@@ -95,7 +96,7 @@ def attention_and_lse(
         if options.sink_logits is not None:  # a token whose value is zero
             logit = np.asarray(options.sink_logits, np.float64)[head]
             scores = np.append(scores, min(logit, MOST_SCORE))
-            values = np.append(values, np.zeros((1, query.shape[1])), axis=0)
+            values = np.append(values, np.zeros((1, width)), axis=0)
         if (scores > -np.inf).any():
             lse[head] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
             out[head] = np.exp(scores - lse[head]) @ values
@@ -121,7 +122,7 @@ def prefill(
     state: ReferenceState,
     query: Array,
     keys: Array,
-    values: Array,
+    values: Array | None,
     lengths: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     *,
@@ -134,11 +135,10 @@ def prefill(
         state = append(state, keys, values, lengths)
         found = attend(state, query, scale, lengths, return_lse=return_lse, **options)
         return state, found
+    pairs, counts = as_pairs(state.config, keys, values), per_row(state, lengths, keys.shape[1])
     raw = [
-        dict(enumerate(finite(np.stack([k, v], axis=1)[:length], LARGEST), row.end))
-        for row, k, v, length in zip(
-            state.rows, keys, values, per_row(state, lengths, keys.shape[1]), strict=True
-        )
+        dict(enumerate(finite(new[:length], LARGEST), row.end))
+        for row, new, length in zip(state.rows, pairs, counts, strict=True)
     ]
     found = _attend(state, query, raw, scale, lengths, options)
     return append(state, keys, values, lengths), found if return_lse else found[0]
@@ -155,7 +155,7 @@ def extend(
 ) -> tuple[ReferenceState, Array]:
     """`prefill` of the tokens where `valid` [B, T] is True; zeros elsewhere. Masks and windows come
     in the caller's order, too."""
-    out, (batch, size) = np.zeros(query.shape), valid.shape
+    out, (batch, size) = np.zeros((*query.shape[:3], state.config.output_dim)), valid.shape
     order = np.argsort(~valid, axis=1, kind="stable")
 
     def front(x: Array, axis: int = 1) -> Array:
@@ -195,7 +195,9 @@ def _attend(
     lengths: ArrayLike | None,
     given: dict[str, Any],
 ) -> tuple[Array, Array]:
-    config, out, lse = state.config, np.zeros(query.shape), np.zeros(query.shape[:3])
+    config, lse = state.config, np.zeros(query.shape[:3])
+    out = np.zeros((*query.shape[:3], config.output_dim))
+    shape = (-1, *state.rows[0].mirrors[0].shape)
     defaults = {"window": config.window, "window_sinks": config.window_sinks}
     options = Options(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
     for b, (row, length) in enumerate(
@@ -210,7 +212,7 @@ def _attend(
                 if t < length and options.sees(b, t, position, p, config.sink_tokens)
             ]
             added = options.added(b, t, position, seen, query.shape[2])
-            out[b, t], lse[b, t] = attention_and_lse(
-                query[b, t], np.array([visible[p] for p in seen]), scale, added, options
-            )
+            pairs = np.array([visible[p] for p in seen]).reshape(shape)
+            found, lse[b, t] = attention_and_lse(query[b, t], pairs, scale, added, options)
+            out[b, t] = found[:, : config.output_dim]
     return out, lse

@@ -16,13 +16,14 @@ from jaxkv.reference.formats import Array, finite, mirror_of, represent
 
 @dataclasses.dataclass
 class Row:
-    """One sequence of tokens, and where their data is."""
+    """One sequence of tokens, and where their data is. W is the larger one of H and V: the other
+    side is filled up with zeros."""
 
     tokens: list[
         list[Array]
-    ]  # [position][0]: key and value [2, K, H] as given; [1 + tier]: as read back
+    ]  # [position][0]: key and value [2, K, W] as given; [1 + tier]: as read back
     kept: list[int]  # [tier]: the first position whose data is still there
-    mirrors: list[Array]  # [tier]: of keys and values [2, K, H]; zeros where nothing is aligned
+    mirrors: list[Array]  # [tier]: of keys and values [2, K, W]; zeros where nothing is aligned
     adapted: list[Adapted]  # [tier]: what else was learnt of keys
 
     @property
@@ -41,7 +42,8 @@ class ReferenceState:
 def init(config: KvCacheConfig, batch_size: int = 1) -> ReferenceState:
     """An empty cache."""
     kept = [config.sink_tokens] * len(config.chain)
-    mirrors = [np.zeros((2, config.num_kv_heads, config.head_dim), np.float32)] * len(config.chain)
+    width = max(config.head_dim, config.output_dim)
+    mirrors = [np.zeros((2, config.num_kv_heads, width), np.float32)] * len(config.chain)
     others = [neutral(config.num_kv_heads, config.head_dim)] * len(config.chain)
     return ReferenceState(
         config, tuple(Row([], list(kept), list(mirrors), list(others)) for _ in range(batch_size))
@@ -87,11 +89,24 @@ def _settle(config: KvCacheConfig, row: Row) -> None:
                         i and p < row.kept[i - 1]
                     ):  # evicted and gone: the oldest token that is there takes its place
                         row.tokens[p] = row.tokens[row.kept[i - 1]][: i + 1]
-                _enter(row, group, i, (tier.key, tier.value), row.mirrors[i], row.adapted[i])
+                _enter(config, row, group, i, tier.formats, row.mirrors[i], row.adapted[i])
         row.kept[i] = max(row.kept[i], top - tier.capacity)
 
 
+def as_pairs(config: KvCacheConfig, keys: Array, values: Array | None) -> Array:
+    """Keys [..., K, H] and values [..., K, V] (None, or whatever, where they are the first V
+    elements of the keys) as [..., 2, K, W]."""
+    if config.values_from_keys is not None or values is None:
+        values = keys[..., : config.output_dim]
+    width = max(keys.shape[-1], values.shape[-1])
+    sides = [
+        np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (keys, values)
+    ]
+    return np.stack(sides, axis=-3)
+
+
 def _enter(
+    config: KvCacheConfig,
     row: Row,
     positions: Sequence[int],
     tier: int,
@@ -99,28 +114,35 @@ def _enter(
     mirror: Array,
     basis: Adapted,
 ) -> None:
-    """Adds to a row's tokens what a tier gives back for them; `formats` of keys and values,
-    `mirror` [2, K, H]."""
-    keys, values = np.moveaxis(np.stack([row.tokens[p][tier] for p in positions]), 1, 0)
-    keys = represent(basis.enter(keys, positions), formats[0], mirror[0])
-    pairs = basis.leave(keys, positions), represent(values, formats[1], mirror[1])
-    for position, pair in zip(positions, np.stack(pairs, axis=1), strict=True):
+    """Adds to a row's tokens what a tier gives back for them; `formats` of keys and, unless they
+    are a part of these, of values, `mirror` [2, K, W]."""
+    given = np.stack([row.tokens[p][tier] for p in positions])
+    keys = basis.enter(given[:, 0, :, : config.head_dim], positions)
+    keys = represent(keys, formats[0], mirror[0, :, : config.head_dim])
+    keys, values = basis.leave(keys, positions), None
+    if len(formats) > 1:
+        dim = config.output_dim
+        values = represent(given[:, 1, :, :dim], formats[1], mirror[1, :, :dim])
+    for position, pair in zip(positions, as_pairs(config, keys, values), strict=True):
         row.tokens[position][tier + 1 :] = [pair]
 
 
 def _enter_sinks(config: KvCacheConfig, row: Row) -> None:
     nothing = neutral(config.num_kv_heads, config.head_dim)
-    formats, mirror = [config.sink_precision] * 2, np.zeros((2, *nothing.mean.shape))
-    _enter(row, [row.end - 1], 0, formats, mirror, nothing)
+    mirror = np.zeros_like(row.mirrors[0])
+    _enter(config, row, [row.end - 1], 0, config.sink_spec.formats, mirror, nothing)
 
 
 def _learn(config: KvCacheConfig, row: Row, tier: int) -> None:
     """The basis of a tier that is empty, from the first tokens that will come to it."""
     positions, spec = first_positions(config, row, tier), config.chain[tier]
-    keys, values = np.moveaxis(np.stack([row.tokens[p][tier] for p in positions]), 1, 0)
+    given = np.stack([row.tokens[p][tier] for p in positions])
+    keys = given[:, 0, :, : config.head_dim]
     basis = row.adapted[tier] = adapted(keys, positions, spec)
-    keys = basis.enter(keys, positions)
-    row.mirrors[tier] = np.stack([mirror_of(keys, spec.key), mirror_of(values, spec.value)])
+    row.mirrors[tier] = np.zeros_like(given[0])
+    sides = [basis.enter(keys, positions), given[:, 1, :, : config.output_dim]]
+    for side, (x, fmt) in enumerate(zip(sides, spec.formats, strict=False)):
+        row.mirrors[tier][side, :, : x.shape[-1]] = mirror_of(x, fmt)
 
 
 def first_positions(config: KvCacheConfig, row: Row, tier: int) -> range:
@@ -154,12 +176,12 @@ def held(state: ReferenceState, row: int, end: int | None = None) -> dict[int, A
 
 
 def append(
-    state: ReferenceState, keys: Array, values: Array, lengths: ArrayLike | None = None
+    state: ReferenceState, keys: Array, values: Array | None, lengths: ArrayLike | None = None
 ) -> ReferenceState:
     """Adds the first `lengths[b]` tokens of keys and values [B, T, K, H] to row b, one after the
     other, within the range of all tiers."""
     config = state.config
-    pairs = finite(np.stack([keys, values], axis=2), config.largest)  # [B, T, 2, K, H]
+    pairs = finite(as_pairs(config, keys, values), config.largest)  # [B, T, 2, K, W]
     state = _copy(state)
     for row, new, length in zip(
         state.rows, pairs, per_row(state, lengths, keys.shape[1]), strict=True
@@ -218,6 +240,7 @@ def rewind(state: ReferenceState, count: ArrayLike) -> ReferenceState:
 
 def keep(state: ReferenceState, indices: Array, of: ArrayLike) -> ReferenceState:
     """Of the newest `of` tokens keeps those at `indices` [B, n]; -1: none."""
+    config = state.config
     newest = [
         [row.tokens[row.end - number + i][1] for i in chosen if i >= 0]
         for row, chosen, number in zip(state.rows, indices, per_row(state, of), strict=True)
@@ -227,7 +250,9 @@ def keep(state: ReferenceState, indices: Array, of: ArrayLike) -> ReferenceState
         nothing = np.zeros_like(state.rows[0].mirrors[0])
         pairs = np.stack([row[t] if t < len(row) else nothing for row in newest])
         lengths = [int(t < len(row)) for row in newest]
-        state = append(state, pairs[:, None, 0], pairs[:, None, 1], lengths)
+        dims = config.head_dim, config.output_dim
+        keys, values = (pairs[:, None, side, :, :dim] for side, dim in enumerate(dims))
+        state = append(state, keys, values, lengths)
     return state
 
 
@@ -280,16 +305,18 @@ def _check_count(count: int, most: int) -> None:
 
 
 def gather(state: ReferenceState) -> tuple[Array, Array, Array]:
-    """Keys and values [B, max_tokens, K, H] and positions [B, max_tokens], oldest first, -1 where
-    empty."""
+    """Keys and values [B, max_tokens, K, H or V] and positions [B, max_tokens], oldest first, -1
+    where empty."""
     config = state.config
     shape = (len(state.rows), config.max_tokens)
-    pairs = np.zeros((*shape, 2, config.num_kv_heads, config.head_dim), np.float32)
+    width = max(config.head_dim, config.output_dim)
+    pairs = np.zeros((*shape, 2, config.num_kv_heads, width), np.float32)
     positions = np.full(shape, -1, np.int32)
     for b in range(len(state.rows)):
         for slot, (position, pair) in enumerate(held(state, b).items()):
             pairs[b, slot], positions[b, slot] = pair, position
-    return pairs[:, :, 0], pairs[:, :, 1], positions
+    keys, values = pairs[:, :, 0, :, : config.head_dim], pairs[:, :, 1, :, : config.output_dim]
+    return keys, values, positions
 
 
 def counts(state: ReferenceState, name: str) -> Array:

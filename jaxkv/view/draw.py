@@ -61,6 +61,6 @@ def _line(state: CacheState, part: Segment, row: int) -> str:
     full = round(WIDTH * held / part.spec.length)
     each = bytes_per_token(state.config, part.spec)
     bar = "#" * full + "." * (WIDTH - full)
-    formats = " | ".join(dict.fromkeys(describe(fmt) for fmt in (part.spec.key, part.spec.value)))
+    formats = " | ".join(dict.fromkeys(describe(fmt) for fmt in part.spec.formats))
     count = f"{held:,} of {part.spec.length:,}"
     return f"{part.spec.name:6}[{bar}] {count}  {formats}  {each:,.0f} B a token"
