@@ -128,6 +128,7 @@ REAL: dict[str, tuple[dict[str, Any], int]] = {
     "Gemma 3n E4B": (GEMMA3N, (4 * CONTEXT + 16 * 512) * 2 * 2 * 256),
     "gpt-oss 20B": (GPT_OSS, (12 * CONTEXT + 12 * 128) * 2 * 8 * 64),
     "Mistral 7B 0.1": (MISTRAL, 32 * 4096 * 2 * 8 * 128),
+    "DeepSeek V3": (DEEPSEEK, 61 * CONTEXT * 576),
 }
 real = pytest.mark.parametrize(("fields", "elements"), REAL.values(), ids=REAL)
 
