@@ -31,7 +31,8 @@ def balance_of(variance: jax.Array) -> jax.Array:
     mean = alone(tree_sum(deviation, -1) * size)
     uneven = alone(tree_sum(floored, -1) * size) > alone(alone(mean * mean) * UNEVEN)
     bits = lax.bitcast_convert_type(floored, jnp.int32) >> 2
-    middle = jnp.sum(bits >> 10, axis=-1, keepdims=True) // variance.shape[-1] << 10
+    total = jnp.sum(bits >> 10, axis=-1, keepdims=True, dtype=jnp.int32)
+    middle = total // variance.shape[-1] << 10
     return jnp.where(uneven & (most > 0), bits - middle, 0)
 
 
