@@ -146,12 +146,14 @@ def operations(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def cache_sized_copies(text: str, config: KvCacheConfig) -> list[str]:
-    """Copies of arrays that have an axis as long as the store's slots."""
+    """Copies, in main memory, of arrays that have an axis as long as the store's slots. What is
+    copied onto the chip, `S(1)`, is read once; a copy back is one in main memory again."""
     slots = f"{config.chain[-1].capacity}"
     return [
         f"{operation} {result}"
         for _, result, operation, _ in operations(text)
         if operation in ("copy", "copy-start", "transpose")
+        and "S(1)" not in result.split("}")[0]
         and any(slots in shape.split(",") for shape in re.findall(r"\w+\[([\d,]+)\]", result))
     ]
 
