@@ -4,6 +4,7 @@ import importlib.metadata
 
 from jaxkv.config import KvCacheConfig, Migration, Overflow
 from jaxkv.devices import copy
+from jaxkv.diagnose import Diagnosis, diagnose, exact_layers
 from jaxkv.formats import Precision, QuantSpec
 from jaxkv.models.configs import layers_of
 from jaxkv.models.layers import Layers, init_layers
@@ -66,6 +67,7 @@ __all__ = [
     "CacheQuantization",
     "CacheState",
     "CacheTier",
+    "Diagnosis",
     "KvCacheConfig",
     "KvCacheError",
     "KvCacheStats",
@@ -92,9 +94,11 @@ __all__ = [
     "clear",
     "concatenate",
     "copy",
+    "diagnose",
     "draw",
     "evict",
     "exact_ends",
+    "exact_layers",
     "extend",
     "gather",
     "init",

@@ -23,11 +23,11 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Q4": (
         dict(store_precision=Precision.Q4),
-        "The default: 28 % of the memory, a loss that few tasks notice.",
+        "The default: 28 % of the memory. Models with key biases (Qwen2) need `rotary=`.",
     ),
     "Q4_SINKS": (
         dict(store_precision=Precision.Q4, sink_tokens=64),
-        "The best 4.5 bits: the first 64 tokens stay exact.",
+        "The default with its first 64 tokens exact. Key biases need `rotary=` here, too.",
     ),
     "Q4K": (
         dict(store_precision=Precision.Q4K),
@@ -41,8 +41,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
             migration_batch=32,
             sink_tokens=64,
         ),
-        "For large key biases, as Qwen2 has them: keys per channel. The least loss at 4 bits "
-        "elsewhere, too.",
+        "Also called Q4_BEST: the least loss at 4 bits on every model measured; keys per channel.",
     ),
     "K4V2": (
         dict(key_quant=adapting(4), value_quant=adapting(2), sink_tokens=64),
@@ -64,6 +63,8 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Name -> the fields of `KvCacheConfig` that it sets, and when to use it."""
 
+ALIASES = {"Q4_BEST": "Q4_BIAS"}
+
 
 def preset(name: str, **fields: Any) -> KvCacheConfig:
     """The configuration of a preset; other fields (max_tokens, num_kv_heads, head_dim, ...) as
@@ -72,9 +73,10 @@ def preset(name: str, **fields: Any) -> KvCacheConfig:
     Raises:
       ValueError: no such preset.
     """
-    if name.upper() not in PRESETS:
+    known = ALIASES.get(name.upper(), name.upper())
+    if known not in PRESETS:
         raise ValueError(f"no preset {name!r}: there are {', '.join(PRESETS)}")
-    fields = {**PRESETS[name.upper()][0], **fields}
+    fields = {**PRESETS[known][0], **fields}
     if "tail_length" not in fields and "max_tokens" in fields:
         others = fields.get("sink_tokens", 0) + fields.get("warm_length", 0)
         room = max(fields["max_tokens"] - others, 0)
@@ -96,8 +98,14 @@ def exact_ends(
             f"first={first}, last={last}: must be at least 0 and together at most "
             f"num_layers={num_layers}"
         )
+    kept = {*range(first), *range(num_layers - last, num_layers)}
+    return [exact(config) if i in kept else config for i in range(num_layers)]
+
+
+def exact(config: KvCacheConfig) -> KvCacheConfig:
+    """The same cache, but unquantized."""
     room = config.max_tokens - config.sink_tokens
-    exact = KvCacheConfig(
+    return KvCacheConfig(
         tail_length=room,
         tail_precision=config.sink_precision,
         max_tokens=config.max_tokens,
@@ -110,4 +118,3 @@ def exact_ends(
         window=config.window,
         rotary=config.rotary,
     )
-    return [exact if i < first or i >= num_layers - last else config for i in range(num_layers)]
