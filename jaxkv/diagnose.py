@@ -84,7 +84,7 @@ def _of_layer(state: CacheState, layer: int | None) -> Diagnosis:
     store, spec = state.tiers[-1], config.chain[-1]
     group = max(channel_group(spec.key), channel_group(spec.value))
     size = max(tail.spec.length // group, 1) * group
-    position = (tail.high - size)[:, None] + jnp.arange(size, dtype=jnp.int32)
+    position = (tail.high - size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     held = position >= tail.low[:, None]
     slots = ring.slot_of(position, tail.spec.offset, tail.spec.capacity)
     assert tail.tier.values is not None and tail.spec.value is not None

@@ -18,7 +18,8 @@ COSINE = (1.0, -0.30842514, 0.015854344, -0.00032599189, 3.5908604e-06)
 def cos_sin(position: jax.Array, turns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """position [...] int32, turns [F] uint32 (`Rotary.turns`) -> cosines and sines [..., F]
     float32, to 2**-21."""
-    angle = position.astype(jnp.uint32)[..., None] * turns
+    each = turns.reshape((1,) * position.ndim + turns.shape)
+    angle = position.astype(jnp.uint32)[..., None] * each
     quadrant = (angle + jnp.uint32(2**29)) >> 30
     rest = lax.bitcast_convert_type(angle - (quadrant << 30), jnp.int32)
     x = rest.astype(jnp.float32) * 2.0**-29

@@ -131,7 +131,7 @@ def _adapted(tier: Tier, spec: TierSpec, given: list[jax.Array], start: jax.Arra
 
     def half(held: Tokens, fmt: Format, x: jax.Array) -> Tokens:
         first, every = x[:, :ALIGN_TOKENS], jnp.ones(1, bool)
-        position = start[:, None] + jnp.arange(first.shape[1], dtype=jnp.int32)
+        position = start[:, None] + jnp.arange(first.shape[1], dtype=jnp.int32)[None]
         learnt = learn(held, fmt, spec.rotary, first, position, every, None)
         return dataclasses.replace(held, **learnt)
 

@@ -64,7 +64,8 @@ class TurnedMean:
             return jnp.einsum("bkrf,bsf->bkrs", operand, table, precision=lax.Precision.HIGHEST)
 
         def nothing(operand: jax.Array) -> jax.Array:
-            return operand[..., :1] * 0 + jnp.zeros(position.shape[-1])
+            shape = (*operand.shape[:-1], position.shape[-1])
+            return jnp.broadcast_to(operand[..., :1] * 0, shape)
 
         # Most layers have none; the conditional is on the data, not another program.
         return lax.cond(jnp.any(operand != 0), product, nothing, operand)
