@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxkv import ring
 from jaxkv.config import KvCacheConfig
-from jaxkv.formats import QuantSpec, channel_group
+from jaxkv.formats import QuantSpec
 from jaxkv.migration import adapted
 from jaxkv.presets import exact
 from jaxkv.state import CacheState, Tier, segments
@@ -82,7 +82,7 @@ def diagnose(state: CacheState) -> Diagnosis:
 def _of_layer(state: CacheState, layer: int | None) -> Diagnosis:
     config, tail = state.config, segments(state, layer)[state.sinks is not None]
     store, spec = state.tiers[-1], config.chain[-1]
-    group = max(channel_group(spec.key), channel_group(spec.value))
+    group = spec.group
     size = max(tail.spec.length // group, 1) * group
     position = (tail.high - size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     held = position >= tail.low[:, None]
