@@ -116,11 +116,11 @@ def test_rows_of_unlike_lengths() -> None:
 
 def test_layers_are_those_of_the_hugging_face_config() -> None:
     """Gemma 3 4B both ways."""
-    from gemma import gm
+    from gemma.gm.nn import _gemma
 
     fields = dict(
         model_type="gemma3_text", num_hidden_layers=34, hidden_size=2560, sliding_window=1024
     )
     wanted = jaxkv.layers_of(fields, "q4", 8192)
-    found = layers_of(gm.nn.Gemma3_4B.config, "q4", 8192)
+    found = layers_of(_gemma.Gemma3_4B.config, "q4", 8192)
     assert [spec.config for spec in found] == [spec.config for spec in wanted]
