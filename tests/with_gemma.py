@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from gemma.gm.nn import _config, _modules, _transformer
 
-import jaxkv
 from jaxkv.integrations.gemma import CachedGemma, layers_of
 
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
@@ -112,15 +111,3 @@ def test_rows_of_unlike_lengths() -> None:
             )
             cache = out.cache
     np.testing.assert_allclose(out.logits[1, 0], wanted[0, -1], rtol=0, atol=1e-5)
-
-
-def test_layers_are_those_of_the_hugging_face_config() -> None:
-    """Gemma 3 4B both ways."""
-    from gemma.gm.nn import _gemma
-
-    fields = dict(
-        model_type="gemma3_text", num_hidden_layers=34, hidden_size=2560, sliding_window=1024
-    )
-    wanted = jaxkv.layers_of(fields, "q4", 8192)
-    found = layers_of(_gemma.Gemma3_4B.config, "q4", 8192)
-    assert [spec.config for spec in found] == [spec.config for spec in wanted]
