@@ -14,7 +14,6 @@ import argparse
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import re
 import time
@@ -198,7 +197,9 @@ def report(what: str, name: str, rows: int, scan: bool, device: Any) -> dict[str
     text, memory = program.as_text(), program.memory_analysis()
     state = jax.eval_shape(lambda: jaxkv.init(config, rows))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    block = TILED[0] // math.prod(state.tiers[-1].keys.data.shape[i] for i in (0, 1, 3))
+    keys = state.tiers[-1].keys.data  # [B, K, S, W]; a block is as `kernels.xla` cuts it
+    slot = keys.shape[0] * keys.shape[1] * keys.shape[3] * keys.dtype.itemsize
+    block = min(TILED[0] // slot, TILED[1] // (QUERY_HEADS * rows))
     return {
         "cache": name,
         "step": what,
