@@ -6,6 +6,7 @@ from jaxkv.config import KvCacheConfig, Migration, Overflow
 from jaxkv.devices import copy
 from jaxkv.diagnose import Diagnosis, diagnose, exact_layers
 from jaxkv.formats import Precision, QuantSpec
+from jaxkv.grow import grow
 from jaxkv.models.configs import layers_of
 from jaxkv.models.layers import Layers, init_layers
 from jaxkv.models.spec import LayerSpec
@@ -101,6 +102,7 @@ __all__ = [
     "exact_layers",
     "extend",
     "gather",
+    "grow",
     "init",
     "init_layers",
     "keep",
