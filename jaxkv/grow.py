@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def _relaid(
     of_scale = slots[..., ::group] // group, there[..., ::group], tokens.scale_axis(fmt)
     wanted = {"data": (slots, there, -2), **dict.fromkeys(SCALES, of_scale)}
     arrays = {name: getattr(held, name) for name in wanted}
-    found = {n: None if a is None else _moved(a, *wanted[n]) for n, a in arrays.items()}
+    found: dict[str, Any] = {
+        name: None if a is None else _moved(a, *wanted[name]) for name, a in arrays.items()
+    }
     return dataclasses.replace(held, **found)
 
 
