@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
 from jaxkv.checks import as_counts, as_layer, check_query, in_range
-from jaxkv.codec.arithmetic import power_of_two, to_unit
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
-from jaxkv.scoring import EVERY, Scoring
+from jaxkv.kernels.segments import over_segments, unfold
+from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, Tier, segments
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.place import Index
-from jaxkv.tiers.tokens import Tokens, basis_of, only, turned_mean_of
-
-QUERY_BLOCK = 128
-"""Queries attended at once; longer prompts are mapped over blocks so that scores stay small."""
+from jaxkv.tiers.tokens import Tokens, float_data
 
 
 def attend(
@@ -103,7 +98,7 @@ def attention(
         each_its_own = scoring.causal and query.shape[1] > 1
         return segments(state, layer, position + 1 if each_its_own else None)
 
-    partial = over_segments(held, query, position, scoring, sinks, layer, implementation)
+    partial = over_segments(held, query, position, scoring, sinks, implementation)
     return finish([partial], scoring, query, return_lse)
 
 
@@ -154,119 +149,6 @@ def finish(partials: list[Partial], scoring: Scoring, query: jax.Array, return_l
     )
 
 
-def over_segments(
-    parts: Callable[[jax.Array], list[Segment]],
-    query: jax.Array,
-    position: jax.Array,
-    scoring: Scoring,
-    sink_tokens: int,
-    layer: Index,
-    implementation: dispatch.Implementation = None,
-) -> Partial:
-    """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees
-    nothing. `parts` gives the segments for queries at [B, T']."""
-    size = query.shape[1]
-
-    def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
-        def visible(key: jax.Array, row: Index = None) -> jax.Array:
-            return scoring.row(row).visible(only(position, row), key, sink_tokens)
-
-        def over(part: Segment) -> Partial:
-            key_basis = basis_of(part.tier.keys, part.spec.key, layer)
-            value_basis = key_basis
-            if part.tier.values is not None and part.spec.value is not None:
-                value_basis = basis_of(part.tier.values, part.spec.value, layer)
-            mean_score, capped = key_basis.mean_score(folded), scoring.soft_cap is not None
-            if mean_score is not None:
-                mean_score = softmax.bounded(mean_score * unit)
-            turned = turned_mean_of(part.tier.keys, part.spec.rotary, layer)
-            operand = None if turned is None else turned.operand(folded) * unit
-
-            def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
-                if turned is not None and operand is not None:
-                    added = turned.score(only(operand, row), key)
-                    scores = softmax.bounded(scores + added.reshape(scores.shape))
-                if mean_score is not None and capped:
-                    scores = scores + only(mean_score, row).reshape(*scores.shape[:4], 1)
-                return scoring.row(row).adjust(scores, only(position, row), key)
-
-            found = dispatch.partial_attention(
-                part.codes_only(),
-                key_basis.query(folded),
-                unit,
-                visible,
-                adjust if scoring.changes_scores or turned is not None else None,
-                newest,
-                layer,
-                position=position,
-                scoring=scoring,
-                sink_tokens=sink_tokens,
-                implementation=implementation,
-            )
-            top = found.max
-            if mean_score is not None and not capped:
-                top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
-            out = value_basis.output(found.out, found.sum)
-            return Partial(out[..., : part.spec.value_dim], top, found.sum)
-
-        held = parts(position)
-        heads = held[0].tier.keys.data.shape[-3]
-        # What sees nothing may hold anything. Rows of size 1 keep every product within float32; the
-        # powers of two that they lack multiply the scores.
-        seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
-        rows, exponent = to_unit(seeing)
-        scale, scale_exponent = to_unit(scoring.scale_of_heads)
-        folded = fold(rows * scale, heads)
-        exponent = jnp.clip(exponent + scale_exponent, -126, 126)
-        unit = power_of_two(fold(exponent, heads))  # [B, K, R, 1]
-        newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], EVERY)
-        return softmax.merge([over(part) for part in held])
-
-    if size <= QUERY_BLOCK:
-        return some(query, position, scoring)
-    starts = jnp.arange(0, size, QUERY_BLOCK, dtype=jnp.int32)
-    pad = [(0, 0), (0, -size % QUERY_BLOCK)]
-    query, position = (
-        jnp.pad(query, [*pad, (0, 0), (0, 0)]),
-        jnp.pad(position, pad, constant_values=-1),
-    )
-    scoring = scoring.padded(pad[1][1])
-
-    def at(start: jax.Array) -> Partial:
-        queries, positions = (
-            lax.dynamic_slice_in_dim(x, start, QUERY_BLOCK, 1) for x in (query, position)
-        )
-        return some(queries, positions, scoring.block(start, QUERY_BLOCK))
-
-    blocks: Partial = lax.map(at, starts)
-    return Partial(*(_joined(array, size) for array in (blocks.out, blocks.max, blocks.sum)))
-
-
-def _joined(blocks: jax.Array, size: int) -> jax.Array:
-    """[blocks, B, K, G * QUERY_BLOCK, ...] as [B, K, G * size, ...]."""
-    count, b, k, rows, *rest = blocks.shape
-    by_query = jnp.moveaxis(
-        blocks.reshape(count, b, k, rows // QUERY_BLOCK, QUERY_BLOCK, *rest), 0, 3
-    )
-    return by_query.reshape(b, k, rows // QUERY_BLOCK, -1, *rest)[:, :, :, :size].reshape(
-        b, k, -1, *rest
-    )
-
-
-def fold(query: jax.Array, heads: int) -> jax.Array:
-    """[B, T, N, H] as [B, K, G * T, H]: the queries that share a kv head together."""
-    b, t, n, h = query.shape
-    return jnp.moveaxis(query.reshape(b, t, heads, n // heads, h), 1, 3).reshape(b, heads, -1, h)
-
-
-def unfold(out: jax.Array, query: jax.Array) -> jax.Array:
-    """[B, K, G * T, X] as [B, T, N, X], given the query [B, T, N, H]."""
-    b, t, n, _ = query.shape
-    return jnp.moveaxis(out.reshape(b, out.shape[1], -1, t, out.shape[-1]), 3, 1).reshape(
-        b, t, n, -1
-    )
-
-
 def raw_segments(
     config: KvCacheConfig, sides: tuple[jax.Array, ...], count: jax.Array, base: jax.Array
 ) -> list[Segment]:
@@ -274,11 +156,14 @@ def raw_segments(
     yet, at positions base[b], base[b] + 1, ...; where they are more than the chain holds, those
     that become sinks apart."""
     most, none = sides[0].shape[1], jnp.zeros_like(count)
+    known = {jnp.dtype(x.dtype_name): x for x in (Precision.FP16, Precision.BF16)}
+    precision = known.get(jnp.result_type(*sides), Precision.FP32)
 
     def raw(name: str, size: int, low: jax.Array, high: jax.Array) -> Segment:
-        value = None if len(sides) == 1 else Precision.FP32
-        spec = TierSpec(name, size, size, 0, Precision.FP32, value, value_dim=config.output_dim)
-        held = (Tokens(jnp.swapaxes(finite(side[:, :size]), 1, 2)) for side in sides)
+        value = None if len(sides) == 1 else precision
+        spec = TierSpec(name, size, size, 0, precision, value, value_dim=config.output_dim)
+        new = (jnp.swapaxes(finite(side[:, :size]), 1, 2) for side in sides)
+        held = (Tokens(float_data(side, precision)) for side in new)
         return Segment(Tier(*held), spec, low, high, base)
 
     if not config.sink_tokens or most <= config.room:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from jax.typing import ArrayLike
 from jaxkv.attend import (
     attention,
     finish,
-    over_segments,
     raw_segments,
     scoring_of,
     seen_singly,
@@ -25,10 +25,10 @@ from jaxkv.checks import (
     in_range,
 )
 from jaxkv.kernels import dispatch
+from jaxkv.kernels.segments import over_segments
 from jaxkv.padding import Padding
 from jaxkv.scoring import Scoring
-from jaxkv.softmax import Partial
-from jaxkv.state import CacheState, Segment, segments
+from jaxkv.state import CacheState, segments
 from jaxkv.tiers.place import Index
 from jaxkv.update import append, fitting
 
@@ -99,7 +99,9 @@ def extend(
         state = appended() if sides else state
         out = attention(state, query, taken, scoring, layer, return_lse, implementation)
     else:
-        out = _of_prompt(state, query, sides, taken, scoring, layer, return_lse, implementation)
+        state, out = _of_prompt(
+            state, query, sides, taken, scoring, layer, return_lse, implementation
+        )
         state = appended()
     return state, out if padding is None else jax.tree.map(padding.apart, out)
 
@@ -125,9 +127,9 @@ def _of_prompt(
     layer: Index,
     return_lse: bool,
     implementation: dispatch.Implementation,
-) -> Any:
-    """Attention over the tokens' own raw keys and values and all that the cache holds without
-    them."""
+) -> tuple[CacheState, Any]:
+    """Attention over the tokens' own raw keys and values and all that the cache holds without them;
+    with the state, ready to be written to."""
     config, size = state.config, query.shape[1]
     layer, exists = as_layer(layer, state.num_layers)
     count = in_range(as_counts("lengths", lengths, state.batch_size, size), size, exists)
@@ -136,17 +138,17 @@ def _of_prompt(
     position = jnp.where(index < count[:, None], end[:, None] + index, -1)
     sinks = config.sink_tokens if scoring.window_sinks else 0
 
-    def over(parts: list[Segment], layer: Index) -> Partial:
-        return over_segments(
-            lambda at: [seen_singly(config, part, at + 1) for part in parts],
-            query,
-            position,
-            scoring,
-            sinks,
-            layer,
-            implementation,
-        )
-
-    held = over(segments(state, layer), layer)
-    raw = over(raw_segments(config, sides, count, end), None)
-    return finish([held, raw], scoring, query, return_lse)
+    parts = [*segments(state, layer), *raw_segments(config, sides, count, end)]
+    found = over_segments(
+        lambda at: [seen_singly(config, part, at + 1) for part in parts],
+        query,
+        position,
+        scoring,
+        sinks,
+        implementation,
+    )
+    # A sum is never less than 0, which XLA cannot foresee: what is written waits for what was read,
+    # and the cache needs no copy for it.
+    after = jnp.where(found.sum[:, 0, 0].min() < 0, 0, state.end)
+    out = finish([found], scoring, query, return_lse)
+    return dataclasses.replace(state, end=after), out

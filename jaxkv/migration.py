@@ -167,10 +167,8 @@ def store(
     keys, turned = arrival.sides[0], tokens.turned_mean_of(tier.keys, spec.rotary, layer)
     if turned is not None:
         keys = keys.astype(jnp.float32) - turned.at(_positions(base, arrival.size))
-    sides = zip(tier.sides, spec.formats, (keys, *arrival.sides[1:]), strict=True)
-    return Tier(
-        *(dispatch.write(held, fmt, new, run, layer, implementation) for held, fmt, new in sides)
-    )
+    new = keys, *arrival.sides[1:]
+    return dispatch.write_sides(tier, spec, new, run, layer, implementation)
 
 
 def _from(arrival: Arrival, index: jax.Array, size: int) -> Arrival:

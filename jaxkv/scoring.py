@@ -95,6 +95,13 @@ class Scoring:
             return upto, None
         return upto, query - jnp.asarray(self.window, jnp.int32) + 1
 
+    def reach(self, query: jax.Array, sink_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Positions [B] that no query at [B, T] looks before, or beyond."""
+        upto, since = self.bounds(query)
+        if since is None or sink_tokens:
+            return jnp.zeros_like(upto[:, 0]), upto.max(-1)
+        return jnp.where(query >= 0, since, EVERY).min(-1).clip(0), upto.max(-1)
+
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
         """Whether queries at positions [B, T] (-1: none) may see keys at positions [B, S] -> bool
         [B, T, S]."""
@@ -147,6 +154,23 @@ class Scoring:
         """The options of queries in another order, that of the first two axes of [B, ..., T, ...]:
         `reorder` is told the axis of T."""
         return self._with_tables(reorder)
+
+    def head(self, head: jax.Array, heads: int) -> Scoring:
+        """The options for the queries of one of `heads` kv heads only."""
+
+        def own(table: jax.Array, axis: int) -> jax.Array:
+            size = table.shape[axis] // heads
+            return lax.dynamic_slice_in_dim(table, head * size, size, axis)
+
+        each: dict[str, Any] = {
+            name: own(jnp.asarray(value), 0)
+            for name in ("scale", "decay")
+            if (value := getattr(self, name)) is not None and jnp.ndim(value)
+        }
+        for name in ("bias", "mask"):
+            table = getattr(self, name)
+            each[name] = table if table is None or table.shape[1] == 1 else own(table, 1)
+        return dataclasses.replace(self, **each)
 
     def row(self, row: jax.Array | None) -> Scoring:
         """The options for one row of the batch only; None: for all."""

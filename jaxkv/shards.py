@@ -25,7 +25,6 @@ from jaxkv import drop, softmax, update
 from jaxkv.attend import (
     check_room,
     finish,
-    over_segments,
     raw_segments,
     scoring_of,
     seen_singly,
@@ -33,6 +32,7 @@ from jaxkv.attend import (
 from jaxkv.checks import as_counts, as_layer, check_new_tokens, check_query, in_range
 from jaxkv.dealing import Deal, Shards, clear, concatenate, gather, init, stats
 from jaxkv.kernels.dispatch import Implementation
+from jaxkv.kernels.segments import Parts, over_segments
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, Segment, segments
@@ -113,7 +113,7 @@ def attend(
         as_of = deal.below(position + 1) if causal and size > 1 else None
         return segments(deal.cache, layer, as_of)
 
-    return attention.merged([attention.over(held, layer)], return_lse)
+    return attention.merged([attention.over(held)], return_lse)
 
 
 def prefill(
@@ -145,14 +145,11 @@ def prefill(
     new = raw_segments(config, sides, stop - first, first)
     attention = _Attention.of(deal, query, end, count, scale, options)
 
-    def seen(parts: list[Segment]) -> Callable[[jax.Array], list[Segment]]:
-        return lambda at: [seen_singly(config, part, deal.below(at + 1)) for part in parts]
+    def seen(at: jax.Array) -> list[Segment]:
+        parts = [*segments(deal.cache, layer), *new]
+        return [seen_singly(config, part, deal.below(at + 1)) for part in parts]
 
-    partials = [
-        attention.over(seen(segments(deal.cache, layer)), layer),
-        attention.over(seen(new), None),
-    ]
-    return after, attention.merged(partials, return_lse)
+    return after, attention.merged([attention.over(seen)], return_lse)
 
 
 def evict(shards: Shards, count: ArrayLike) -> Shards:
@@ -199,6 +196,10 @@ class _Dealt(Scoring):
 
     deal: Deal
 
+    def reach(self, query: jax.Array, sink_tokens: int) -> tuple[jax.Array, jax.Array]:
+        oldest, newest = super().reach(query, sink_tokens)
+        return self.deal.below(oldest), newest
+
     def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
         return super().visible(query, self._whole(key), sink_tokens * self.deal.parts)
 
@@ -239,13 +240,13 @@ class _Attention:
             _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal),
         )
 
-    def over(self, parts: Callable[[jax.Array], list[Segment]], layer: Index) -> Partial:
+    def over(self, parts: Parts) -> Partial:
         """Over segments of this device."""
         # The GPU kernel takes positions as they are; dealt out, they are for `_Dealt` to interpret.
         implementation: Implementation = "xla" if self.deal.parts > 1 else None
         sink_tokens = self.deal.cache.config.sink_tokens if self.scoring.window_sinks else 0
         return over_segments(
-            parts, self.query, self.position, self.scoring, sink_tokens, layer, implementation
+            parts, self.query, self.position, self.scoring, sink_tokens, implementation
         )
 
     def merged(self, partials: list[Partial], return_lse: bool) -> Any:

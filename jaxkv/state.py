@@ -20,7 +20,7 @@ from jaxkv.tiers import tokens
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index
-from jaxkv.tiers.tokens import Tokens
+from jaxkv.tiers.tokens import Tokens, only
 from jaxkv.trees import node
 
 
@@ -227,6 +227,7 @@ class Segment:
     pages: Pages | None = None  # where the tier's slots are those of a pool
     # [B, T] each: what each query finds here, where that is not the same for all of them
     span: tuple[jax.Array, jax.Array] | None = None
+    layer: Index = None  # of the tier's arrays
 
     def seen(self, span: tuple[jax.Array, jax.Array]) -> Segment:
         """The segment of queries that find [low, high) here, [B, T] each; of an empty range, as
@@ -234,6 +235,21 @@ class Segment:
         low, high = span
         least = jnp.where(low < high, low, self.high[:, None]).min(1)
         return dataclasses.replace(self, low=jnp.minimum(self.low, least), span=span)
+
+    def row(self, row: Index) -> Segment:
+        """The positions [1] of one row; the tier still has all rows."""
+        base = None if self.base is None else only(self.base, row)
+        span = self.span and (only(self.span[0], row), only(self.span[1], row))
+        low, high = only(self.low, row), only(self.high, row)
+        pages = self.pages and self.pages.row(row)
+        return dataclasses.replace(self, low=low, high=high, base=base, span=span, pages=pages)
+
+    def within(self, reach: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The positions [first, stop) [B] held of those from reach[0] to reach[1], as counted
+        here."""
+        oldest, newest = reach if self.base is None else (x - self.base for x in reach)
+        first = jnp.maximum(self.low, oldest)
+        return first, jnp.maximum(jnp.minimum(self.high, newest + 1), first)
 
     def codes_only(self) -> Segment:
         """The same codes without their basis, for kernels: they multiply codes, and know nothing of
@@ -261,7 +277,7 @@ def segments(
         return list(zip(lows, ring.uppers(config, end, lows), strict=True))
 
     found = [
-        Segment(tier, spec, *bounds)
+        Segment(tier, spec, *bounds, layer=layer)
         for tier, spec, bounds in zip(state.tiers, config.chain, boundaries(end, kept), strict=True)
     ]
     if as_of is not None:
@@ -272,7 +288,11 @@ def segments(
         return found
     return [
         Segment(
-            state.sinks, config.sink_spec, jnp.zeros_like(end), jnp.minimum(end, config.sink_tokens)
+            state.sinks,
+            config.sink_spec,
+            jnp.zeros_like(end),
+            jnp.minimum(end, config.sink_tokens),
+            layer=layer,
         ),
         *found,
     ]

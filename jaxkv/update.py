@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import ring
@@ -33,6 +34,7 @@ from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import entry
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.tokens import Sliced
 
 
 def append(
@@ -96,21 +98,62 @@ def append(
         ready = state.pages.ready(*due(config, end, kept, count), size)
         refused = flagged(refused, ~ready, Status.OUT_OF_PAGES, layer)
         count = jnp.where(ready, count, 0)
+    state = dataclasses.replace(state, refused=refused)
+    most = dispatch.tokens_at_once(sides[0].shape, config.step)
+    if size > most and state.pages is None:
+        return _append_blocks(state, sides, count, most, layer, implementation)
+    whole = lengths is None and exists is True and full is None and state.pages is None
+    return _append(state, sides, count, whole, layer, implementation)
+
+
+def _append_blocks(
+    state: CacheState,
+    sides: tuple[jax.Array, ...],
+    count: jax.Array,
+    size: int,
+    layer: Index,
+    implementation: dispatch.Implementation,
+) -> CacheState:
+    """`_append`, `size` tokens at a time."""
+    pad = [(0, 0), (0, -sides[0].shape[1] % size), (0, 0), (0, 0)]
+    new = [Sliced.of(jnp.pad(side, pad)) for side in sides]
+
+    def append_block(index: jax.Array, state: CacheState) -> CacheState:
+        start = index * size
+        some = (x.at((0, start, 0, 0), (x.bits.shape[0], size, *x.bits.shape[2:])) for x in new)
+        number = (count - start).clip(0, size)
+        return _append(state, tuple(some), number, False, layer, implementation)
+
+    # Not beyond the longest row: every block, even an empty one, takes its time.
+    blocks = (count.max() + (size - 1)) // size
+    return lax.fori_loop(jnp.zeros_like(blocks), blocks, append_block, state)
+
+
+def _append(
+    state: CacheState,
+    sides: tuple[jax.Array, ...],
+    count: jax.Array,
+    whole: bool,
+    layer: Index,
+    implementation: dispatch.Implementation,
+) -> CacheState:
+    """`append` of the first `count` [B] of a few tokens; `whole`: all of them, in every row."""
+    config = state.config
+    end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     changed = _changed(state, sides, count, layer)
     sides = tuple(entry.finite(x, config.largest) for x in sides)
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    whole = lengths is None and exists is True and full is None
-    whole = whole and not config.sink_tokens and state.pages is None
-    new = Arrival(sides, end, jnp.maximum(end, config.sink_tokens), new_end, whole)
+    first, whole = jnp.maximum(end, config.sink_tokens), whole and not config.sink_tokens
+    new = Arrival(sides, end, first, new_end, whole)
     passage = Passage(kept, low, new_low)
     tiers = take_in(config, state.tiers, new, passage, layer, implementation, state.pages)
     sinks = state.sinks
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, refused=refused, changed=changed)
+    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, changed=changed)
     return _at(
         moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))
     )

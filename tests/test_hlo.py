@@ -108,7 +108,36 @@ def loop_of_steps(settings: KvCacheConfig, batch: int) -> Program:
     return steps, (jax.eval_shape(lambda: jaxkv.init(settings, batch)), *new_shapes(batch, 5))
 
 
-SHAPES = {f.__name__: f for f in (one_state, list_of_layers, scanned_stack, loop_of_steps)}
+def prompt(
+    state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any
+) -> tuple[CacheState, jax.Array]:
+    return jaxkv.prefill(state, query, key, value, **layer)
+
+
+def chunk(settings: KvCacheConfig, batch: int, size: int = 3) -> Program:
+    """Some tokens after those held, which are attended before the new ones are written."""
+    new = [jax.ShapeDtypeStruct((batch, size, *x.shape[2:]), x.dtype) for x in new_shapes(batch)]
+    return prompt, (jax.eval_shape(lambda: jaxkv.init(settings, batch)), *new)
+
+
+def long_chunk(settings: KvCacheConfig, batch: int) -> Program:
+    """More than enter at once."""
+    return chunk(settings, batch, 700)
+
+
+def chunk_of_layers(settings: KvCacheConfig, batch: int) -> Program:
+    def step(stack: CacheState, *new: jax.Array) -> tuple[CacheState, jax.Array]:
+        def layer(stack: CacheState, xs: tuple[jax.Array, ...]) -> tuple[CacheState, jax.Array]:
+            return prompt(stack, *xs[1:], layer=xs[0])
+
+        return lax.scan(layer, stack, (jnp.arange(LAYERS), *new))
+
+    return step, scanned_stack(settings, batch)[1]
+
+
+DECODING = (one_state, list_of_layers, scanned_stack, loop_of_steps)
+PROMPTS = (chunk, long_chunk, chunk_of_layers)
+SHAPES = {f.__name__: f for f in (*DECODING, *PROMPTS)}
 
 
 @functools.cache
@@ -176,13 +205,15 @@ def sized_like_the_cache(text: str, settings: KvCacheConfig) -> set[tuple[str, s
 DECODED = [
     (shape, name)
     for shape in SHAPES
-    for name in (CONFIGS if shape in ("one_state", "scanned_stack") else ("eager", "batched"))
+    for name in (
+        CONFIGS if shape in ("one_state", "scanned_stack", "chunk") else ("eager", "batched")
+    )
 ]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("shape", "name"), DECODED)
-def test_decoding_copies_nothing_of_the_cache(shape: str, name: str, batch: int) -> None:
+def test_nothing_of_the_cache_is_copied(shape: str, name: str, batch: int) -> None:
     """With the state donated, a step writes in place: no operation makes a second array of the
     cache's size."""
     program = compiled(shape, name, SLOTS[0], batch=batch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from laws import as_of
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Precision, reference
+from jaxkv.kernels import segments
 
 B, T, N, K, H = 3, 3, 4, 2, 32
 LENGTHS = np.array([3, 1, 2], np.int32)  # queries of each row
@@ -381,7 +381,7 @@ def test_options_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.array([7, 4, 6], np.int32)
     case = filled("fp32")
     assert case.twin is not None
-    monkeypatch.setattr(sys.modules["jaxkv.attend"], "QUERY_BLOCK", 3)
+    monkeypatch.setattr(segments, "QUERY_BLOCK", 3)
     out = jit(lambda query: jaxkv.attend(case.state, query, lengths=lengths, **given))(queries(7))
     np.testing.assert_allclose(
         out, reference.attend(case.twin, queries(7), lengths=lengths, **given), atol=2e-5

@@ -29,6 +29,7 @@ import numpy as np
 from cpu_caches import CACHES, filled, on_cores
 from cpu_peers import MOST, device_name, peers_of
 from tqdm import tqdm
+from turns import medians
 
 import jaxkv
 from jaxkv import KvCacheConfig
@@ -46,24 +47,6 @@ SHAPES = {
 jax.config.update("jax_num_cpu_devices", THREADS)
 LENGTHS = {"GQA 32/8/128": (1024, 4096, 16384, 65536)}  # the others: 16,384 and 65,536
 Call = Callable[[], Any]
-
-
-def medians(
-    calls: dict[str, Call], rounds: int = 5, least_seconds: float = 0.15
-) -> dict[str, float]:
-    """Milliseconds per call of each system, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(rounds):
-        for name, call in calls.items():
-            time.sleep(0.05)  # for threads that spin after their work
-            jax.block_until_ready(call())
-            stop = time.perf_counter() + least_seconds
-            while (start := time.perf_counter()) < stop:
-                jax.block_until_ready(call())
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def lengths_of(batch: int, length: int) -> np.ndarray:

@@ -31,6 +31,18 @@ def device_name() -> str:
     )
 
 
+SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def instruction_sets() -> list[str]:
+    """Those that XLA and torch choose between, as far as the processor has them: figures with AMX
+    and without are of different machines."""
+    info = pathlib.Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return [name for name in SETS if name in flags]
+
+
 def peers_of(
     batch: int,
     heads: int,

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxkv.codec.arithmetic import alone, nearest
 from jaxkv.codec.pack import pack, unpack
@@ -110,41 +111,54 @@ def _best_range(
     off with the whole range.
     """
     extent, cut = high - low, CUT[spec.bits]
-    unit = _scale_of(low, extent * (1 / spec.levels))
+    widest = _scale_of(low, extent * (1 / spec.levels))
+    shorter = _scale_of(low, extent * ((1 - 2 * cut) / spec.levels)), low + alone(extent * cut)
+    unit = extent * 2.0**-12
+    whole = nearest((x - low) / jnp.where(extent > LEAST, unit, 1.0), 0, 2**12)
+    sum_whole = _total(whole)
 
-    def tried(scale: jax.Array, low: jax.Array) -> _Fit:
-        zero = as_zero(low, scale)
-        return scale, zero, _error(spec, x, scale, zero, unit)
+    def attempt(index: jax.Array, found: tuple[_Fit, _Range]) -> tuple[_Fit, _Range]:
+        """Weighs one candidate and makes the next. A loop, as its body is two dozen operations to
+        compile."""
+        best, (scale, start) = found
+        zero = as_zero(start, scale)
+        codes = _codes(spec, x, scale, scale * zero)
+        missed = x - (codes.astype(jnp.float32) * scale + scale * zero)
+        missed = nearest(missed * (64 / widest), -1024, 1024)
+        error, *sums = map(_total, (missed * missed, codes, codes * whole, codes * codes))
+        new, is_better = (scale, zero, error, *sums), (index == 0) | (error < best[2])
+        best = tuple(jnp.where(is_better, n, o) for n, o in zip(new, best, strict=True))
+        fitted = _fit(low, unit, (sum_whole, *best[3:]), best[0], x.shape[-1])
+        follow = (jnp.where(index == 0, *pair) for pair in zip(shorter, fitted, strict=True))
+        return best, (next(follow), next(follow))
 
-    best = tried(unit, low)
-    cut_scale = _scale_of(low, extent * ((1 - 2 * cut) / spec.levels))
-    best = _better(best, tried(cut_scale, low + alone(extent * cut)))
-    for _ in range(FITS[spec.bits]):
-        best = _better(best, tried(*_fit(spec, x, low, extent, *best[:2])))
+    none = jnp.zeros_like(sum_whole)
+    start = (widest, jnp.zeros_like(low), none, none, none, none), (widest, low)
+    best, _ = lax.fori_loop(jnp.int32(0), jnp.int32(2 + FITS[spec.bits]), attempt, start)
     return best[0], best[1]
 
 
+_Range = tuple[jax.Array, jax.Array]
+"""Scale and lowest value."""
+
+_Fit = tuple[jax.Array, ...]
+"""Scale, zero point in scales, squared error in 64ths of the widest scale, and sums over a group:
+of codes, of their products with the elements in whole units, of their squares."""
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return x.sum(-1, keepdims=True, dtype=jnp.int32)
+
+
 def _fit(
-    spec: QuantSpec,
-    x: jax.Array,
-    low: jax.Array,
-    extent: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Scale and lowest value by least squares over the codes that the given ones produce; sums of
-    integers, hence exact.
+    low: jax.Array, unit: jax.Array, sums: tuple[jax.Array, ...], scale: jax.Array, size: int
+) -> _Range:
+    """Scale and lowest value by least squares over given codes; sums of integers, hence exact.
 
     Means of codes are taken apart into whole and rest: for groups of thousands the products of sums
     would not fit int32.
     """
-    unit = extent * 2.0**-12
-    whole = nearest((x - low) / jnp.where(extent > LEAST, unit, 1.0), 0, 2**12)
-    codes, size = _codes(spec, x, scale, scale * zero), x.shape[-1]
-    sum_codes, sum_whole, sum_both, sum_squares = (
-        a.sum(-1, keepdims=True, dtype=jnp.int32)
-        for a in (codes, whole, codes * whole, codes * codes)
-    )
+    sum_whole, sum_codes, sum_both, sum_squares = sums
     mean = sum_codes // size
     rest = (sum_codes - mean * size).astype(jnp.float32) * (1 / size)
     total, total_whole = sum_codes.astype(jnp.float32), sum_whole.astype(jnp.float32)
@@ -155,24 +169,6 @@ def _fit(
     fitted = jnp.where((spread > 0) & (slope > 0), _scale_of(low, slope * unit), scale)
     shift = alone((alone(total_whole * unit) - alone(fitted * total)) * (1 / size))
     return fitted, low + shift
-
-
-_Fit = tuple[jax.Array, jax.Array, jax.Array]  # scale, zero point in scales, error
-
-
-def _better(old: _Fit, new: _Fit) -> _Fit:
-    scale, zero, error = (jnp.where(new[2] < old[2], n, o) for n, o in zip(new, old, strict=True))
-    return scale, zero, error
-
-
-def _error(
-    spec: QuantSpec, x: jax.Array, scale: jax.Array, zero: jax.Array, unit: jax.Array
-) -> jax.Array:
-    """The squared error of groups [..., g] in 64ths of a unit, int32 [..., 1]."""
-    zero_point = scale * zero
-    codes = _codes(spec, x, scale, zero_point).astype(jnp.float32)
-    whole = nearest((x - (codes * scale + zero_point)) * (64 / unit), -1024, 1024)
-    return (whole * whole).sum(-1, keepdims=True, dtype=jnp.int32)
 
 
 def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:

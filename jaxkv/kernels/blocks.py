@@ -43,13 +43,18 @@ class Blocks:
             held[name] = array.reshape(*(n for n in lead if n > 1), *tail)
         return cls(tokens, fmt, held, flat)
 
-    def at(self, start: jax.Array, size: int, layer: Index, row: Index = None) -> Tokens:
+    def at(
+        self, start: jax.Array, size: int, layer: Index, row: Index = None, head: Index = None
+    ) -> Tokens:
         """The slots [start, start + size) of one layer, still encoded, `data` [B, K, size * W]; of
-        one row where one is named. `start` and `size` are multiples of a channel group.
-        """
-        return Tokens(**{name: self._cut(name, start, size, layer, row) for name in self.arrays})
+        one row, or one head, where it is named. `start` and `size` are multiples of a channel
+        group."""
+        place = layer, row, head
+        return Tokens(**{name: self._cut(name, start, size, place) for name in self.arrays})
 
-    def _cut(self, name: str, start: jax.Array, size: int, layer: Index, row: Index) -> jax.Array:
+    def _cut(
+        self, name: str, start: jax.Array, size: int, place: tuple[Index, Index, Index]
+    ) -> jax.Array:
         whole, array = getattr(self.tokens, name), self.arrays[name]
         lead, group = (
             _before_slots(name, self.fmt, whole),
@@ -57,7 +62,8 @@ class Blocks:
         )
         tail = whole.shape[len(lead) + 1 :]  # of a slot, or of a group of them
         width = math.prod(tail)
-        picked = [*([] if layer is None else [layer]), row, *[None] * len(lead)][: len(lead)]
+        layer, *picked = place
+        picked = [*([] if layer is None else [layer]), *picked, *[None] * len(lead)][: len(lead)]
         sizes = [n if at is None else 1 for n, at in zip(lead, picked, strict=True)]
         axes = [
             (0 if at is None else at, length)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv.config import TierSpec
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels import platform, xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import Segment
+from jaxkv.state import Segment, Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run, scatter, windows
 from jaxkv.tiers.tokens import Tokens
@@ -146,6 +147,44 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
                 "where Pallas-Triton's offsets overflow: split the batch"
             )
     return None
+
+
+AT_ONCE = 2**17
+"""Elements of a prompt's keys that enter a cache at once on CPUs: temporaries of half a megabyte,
+which stay in the L2 cache. Larger ones are page-faulted in: twice the time for 2,048 tokens."""
+
+
+def tokens_at_once(shape: tuple[int, ...], step: int) -> int:
+    """How many of the tokens [B, T, K, H] enter a cache at once, whole migration batches."""
+    batch, size, heads, head_dim = shape
+    if platform.name() != "cpu":
+        return size
+    most = max(AT_ONCE // (batch * heads * head_dim), 32)
+    return -(-most // step) * step
+
+
+def write_sides(
+    tier: Tier,
+    spec: TierSpec,
+    new: tuple[jax.Array, ...],
+    run: Run,
+    layer: Index,
+    implementation: Implementation,
+) -> Tier:
+    """`write` of all sides of a tier; without a GPU in sight they are encoded together."""
+    sides = list(zip(tier.sides, spec.formats, new, strict=True))
+    if len(sides) == 1 or (implementation != "xla" and not platform.no_gpu()):
+        return Tier(*(write(held, fmt, x, run, layer, implementation) for held, fmt, x in sides))
+    check_implementation(implementation)
+    put = windows if platform.is_tiled() else scatter
+    keys, values = (tokens.basis_of(held, fmt, layer) for held, fmt, _ in sides)
+    encoded = tokens.encode_both((keys, values), *new)
+    return Tier(
+        *(
+            tokens.write(held, fmt, x, run, layer, put)
+            for (held, fmt, _), x in zip(sides, encoded, strict=True)
+        )
+    )
 
 
 def write(

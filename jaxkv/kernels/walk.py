@@ -29,7 +29,9 @@ class Walk(Protocol):
         """The positions in block `index` of each row, and whether they are held and are in no other
         block: [B, size] each."""
 
-    def cut(self, side: Blocks, index: jax.Array, layer: Index, row: Index) -> Tokens:
+    def cut(
+        self, side: Blocks, index: jax.Array, layer: Index, row: Index, head: Index = None
+    ) -> Tokens:
         """That block of keys or values, see `Blocks.at`."""
 
 
@@ -63,8 +65,10 @@ class RingWalk:
         position = ring.position_of(slot, part.high[:, None], spec.offset, spec.capacity)
         return position, (position >= part.low[:, None]) & (slot >= index * self.size)
 
-    def cut(self, side: Blocks, index: jax.Array, layer: Index, row: Index) -> Tokens:
-        return side.at(self._start(index), self.size, layer, row)
+    def cut(
+        self, side: Blocks, index: jax.Array, layer: Index, row: Index, head: Index = None
+    ) -> Tokens:
+        return side.at(self._start(index), self.size, layer, row, head)
 
     def _start(self, index: jax.Array) -> jax.Array:
         # The last block of a ring that is no multiple of the block starts early; slots that were
@@ -108,11 +112,13 @@ class PageWalk:
         there = (first >= 0) & (index < self.count)
         return position, there[:, None] & (position >= low) & (position < high)
 
-    def cut(self, side: Blocks, index: jax.Array, layer: Index, row: Index) -> Tokens:
+    def cut(
+        self, side: Blocks, index: jax.Array, layer: Index, row: Index, head: Index = None
+    ) -> Tokens:
         pages, start = self._at(self.page, index), jnp.int32(0)
         if len(pages) == 1:
-            return side.at(start, self.size, layer, pages[0])
-        each = jax.vmap(lambda page: side.at(start, self.size, layer, page))(pages)
+            return side.at(start, self.size, layer, pages[0], head)
+        each = jax.vmap(lambda page: side.at(start, self.size, layer, page, head))(pages)
         found: Tokens = jax.tree.map(lambda x: x.squeeze(1), each)
         return found
 

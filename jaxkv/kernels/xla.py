@@ -11,7 +11,6 @@ together.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,18 +90,8 @@ def partial_attention(
         return _attend(part, sides, query, unit, visible, adjust, newest, layer, None)
 
     def of_row(row: jax.Array) -> Partial:
-        base = None if part.base is None else only(part.base, row)
-        span = part.span and (only(part.span[0], row), only(part.span[1], row))
-        own = dataclasses.replace(
-            part,
-            low=only(part.low, row),
-            high=only(part.high, row),
-            base=base,
-            span=span,
-            pages=part.pages and part.pages.row(row),
-        )
         query_, unit_, newest_ = (only(x, row) for x in (query, unit, newest))
-        found = _attend(own, sides, query_, unit_, visible, adjust, newest_, layer, row)
+        found = _attend(part.row(row), sides, query_, unit_, visible, adjust, newest_, layer, row)
         return jax.tree.map(lambda x: x.squeeze(0), found)
 
     found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))

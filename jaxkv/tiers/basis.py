@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxkv.codec import balance, rotation
 from jaxkv.codec.arithmetic import alone, tree_sum
@@ -26,6 +27,24 @@ class Basis:
     mean: jax.Array | None = None  # [B, K, H]
     mirror: jax.Array | None = None  # [B, K, H], see `rotation.mirror_of`
     balance: jax.Array | None = None  # [B, K, H] int32, see `balance.balance_of`
+
+    def at(self, row: jax.Array, head: jax.Array) -> Basis:
+        """The basis of one row and head, [1, 1, H]."""
+        arrays = (
+            x if x is None else lax.dynamic_slice(x, (row, head, jnp.int32(0)), (1, 1, x.shape[2]))
+            for x in (self.mean, self.mirror, self.balance)
+        )
+        return Basis(self.fmt, *arrays)
+
+    def beside(self, other: Basis) -> Basis | None:
+        """Both bases as one of a batch twice as large; None where they do not take out the same."""
+        arrays: list[jax.Array | None] = []
+        for name in ("mean", "mirror", "balance"):
+            first, second = getattr(self, name), getattr(other, name)
+            if (first is None) != (second is None):
+                return None
+            arrays.append(None if first is None else jnp.concatenate([first, second]))
+        return Basis(self.fmt, *arrays) if self.fmt == other.fmt else None
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Tokens [B, T, K, H] float32, to be quantized. The same bits in every program."""
