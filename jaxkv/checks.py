@@ -16,6 +16,21 @@ def is_concrete(*arrays: Any) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+@jax.custom_jvp
+def undifferentiable(x: jax.Array) -> jax.Array:
+    """`x`, of which no derivative can be taken: those of codes and digits would be wrong."""
+    return x
+
+
+@undifferentiable.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a derivative was asked through a jaxkv cache, which decodes and has none: put "
+        "jax.lax.stop_gradient around its keys, values and queries, or attend to the raw tokens "
+        "with jax.nn.dot_product_attention"
+    )
+
+
 def as_int(name: str, value: Any, least: int) -> int:
     """A Python or NumPy integer of at least `least`, as an int."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:

@@ -215,3 +215,30 @@ def test_lists_and_traced_numbers_are_taken(state: CacheState) -> None:
         atol=1e-6,  # the cap and the window are constants here
     )
     assert np.asarray(expected).any()
+
+
+@pytest.mark.parametrize("name", ["FP32", "Q8", "Q4"])
+def test_derivatives_are_refused(name: str) -> None:
+    """With respect to queries and to what enters, forwards and backwards; not where none is
+    wanted."""
+    config = jaxkv.preset(name, max_tokens=16, num_kv_heads=1, head_dim=8)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 1, 8))
+    held = jaxkv.append(jaxkv.init(config), x, x)
+
+    def of_query(query: Any) -> Any:
+        return jaxkv.attend(held, query).sum()
+
+    def of_tokens(new: Any) -> Any:
+        state = jaxkv.append(jaxkv.init(config), new, new)
+        return jaxkv.attend(state, x).sum()
+
+    def of_prompt(new: Any) -> Any:
+        return jaxkv.prefill(jaxkv.init(config), x, new, new)[1].sum()
+
+    for function in (of_query, of_tokens, of_prompt):
+        with pytest.raises(ValueError, match="stop_gradient"):
+            jax.grad(function)(x)
+        with pytest.raises(ValueError, match="stop_gradient"):
+            jax.jit(lambda f=function: jax.jvp(f, (x,), (x,)))()
+        stopped = jax.grad(lambda y, f=function: f(jax.lax.stop_gradient(y)) + y.sum())(x)
+        assert (np.asarray(stopped) == 1).all()

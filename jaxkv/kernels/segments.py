@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import softmax
+from jaxkv.checks import undifferentiable
 from jaxkv.codec.arithmetic import power_of_two, to_unit
 from jaxkv.kernels import dispatch, flash, platform
 from jaxkv.kernels.xla import Adjust, Visible
@@ -37,6 +38,7 @@ def over_segments(
 ) -> Partial:
     """The merged Partial [B, K, G * T] of queries [B, T, N, H] at `position` [B, T]; -1 sees
     nothing. `parts` gives the segments for queries at [B, T']."""
+    query = undifferentiable(query)
     heads, size = parts(position)[0].tier.keys.data.shape[-3], query.shape[1]
     turned = any(part.tier.keys.turned_mean is not None for part in parts(position))
     if not turned and _takes_tiles(query.shape, heads, implementation):

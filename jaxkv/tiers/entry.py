@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxkv.checks import undifferentiable
 from jaxkv.formats import LARGEST
 from jaxkv.status import Status, joined
 
@@ -19,7 +20,7 @@ from jaxkv.status import Status, joined
 def finite(x: jax.Array, largest: float = LARGEST) -> jax.Array:
     """Float32 within +-`largest`; 0 for NaN, and for what is less than a normal number (XLA:CPU
     takes it for 0 in some operations and not in others)."""
-    x = x.astype(jnp.float32)
+    x = undifferentiable(x.astype(jnp.float32))
     least = float(jnp.finfo(jnp.float32).tiny)
     return jnp.where(jnp.abs(x) >= least, jnp.clip(x, -largest, largest), 0.0)
 
