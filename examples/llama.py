@@ -109,6 +109,7 @@ def uncached(
     *,
     layer: Index,
     window: Index | None = None,
+    window_sinks: bool = True,
 ) -> Attended:
     """The whole sequence attends to itself, without any cache."""
     age = jnp.arange(query.shape[1])[:, None] - jnp.arange(query.shape[1])
@@ -217,7 +218,8 @@ def forward(
             return angles if is_global else local, partial(attention, layer=(like, index))
         is_global = (index + 1) % config.global_every == 0
         window = jnp.where(is_global, jnp.iinfo(jnp.int32).max, config.window)
-        return jnp.where(is_global, angles, local), partial(attention, layer=index, window=window)
+        options = dict(layer=index, window=window, window_sinks=False)
+        return jnp.where(is_global, angles, local), partial(attention, **options)
 
     def step(carry: Attended, index: Index, like: int, weights: Layer) -> Attended:
         return run_layer(config, weights, *carry, *of_layer(index, like))

@@ -10,7 +10,6 @@ decoding, so that the loss comes out a little too high; `--chunk 1` is decoding 
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from functools import partial
@@ -26,6 +25,7 @@ from texts import TEXTS, read_text
 from tqdm import tqdm
 
 import jaxkv
+from jaxkv.state import bytes_per_token
 
 WORST = 32
 """The largest divergences that a score keeps: enough for the 99.9 % quantile of 16,384 tokens or
@@ -148,13 +148,8 @@ def fp32_config(model: llama.LlamaConfig, length: int) -> jaxkv.KvCacheConfig:
 
 def bits_per_element(config: jaxkv.KvCacheConfig) -> float:
     """Bits of memory, metadata included, that one more element of the last tier takes."""
-    more, config = 1024, dataclasses.replace(config, rotary=None)  # what a row learns is no token's
-    tail_more = more if config.tail_length == config.max_tokens else 0
-    longer = dataclasses.replace(
-        config, max_tokens=config.max_tokens + more, tail_length=config.tail_length + tail_more
-    )
-    added = jaxkv.nbytes(jaxkv.init(longer)) - jaxkv.nbytes(jaxkv.init(config))
-    return 8 * added / (2 * more * config.num_kv_heads * config.head_dim)
+    elements = config.num_kv_heads * sum(config.side_dims)
+    return 8 * bytes_per_token(config, config.chain[-1]) / elements
 
 
 def cut_windows(

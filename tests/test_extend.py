@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, REWINDS, Case, random_query, random_tokens
+from cases import CASES, REWINDS, Case, attention_bound, random_query, random_tokens
 from laws import (
     append,
     assert_like_reference,
@@ -112,7 +112,9 @@ def test_layers_that_only_look(rng: np.random.Generator) -> None:
     query = random_query(rng, case)
     after, out = jaxkv.extend(state, query, None, None)
     chex.assert_trees_all_equal(after, state)
-    np.testing.assert_allclose(out, attend(state, query), atol=1e-6)
+    pairs = np.stack([np.asarray(side[0]) for side in gather(state)[:2]], axis=1)
+    bound = attention_bound(query[0, 0], pairs)
+    np.testing.assert_allclose(out, attend(state, query), rtol=0, atol=bound)
     with pytest.raises(ValueError, match="keys is a NoneType: pass a JAX or NumPy array"):
         jaxkv.extend(state, query, None, random_tokens(rng, case, 5)[0])
 

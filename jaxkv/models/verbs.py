@@ -177,13 +177,11 @@ def rewind(layers: Layers, count: ArrayLike, own: Mapping[int, Any] | None = Non
     refused = jnp.stack([(new.end == old.end).any(0) for old, new in pairs]).any(0) & (given != 0)
 
     def settled(old: CacheState, new: CacheState) -> CacheState:
-        """Everything but the status as it was, in rows that are refused."""
-        kept = [f.name for f in dataclasses.fields(old)]
-        kept = [n for n in kept if n not in ("sinks", "tiers", "refused", "changed", "config")]
-        moved: dict[str, Any] = {
-            n: _in_rows(refused, 1, getattr(old, n), getattr(new, n)) for n in kept
-        }
-        return dataclasses.replace(new, **moved)
+        """The positions as they were in rows that are refused; a rewind moves nothing else."""
+        end, lost = (
+            _in_rows(refused, 1, getattr(old, name), getattr(new, name)) for name in ("end", "lost")
+        )
+        return dataclasses.replace(new, end=end, lost=lost)
 
     return dataclasses.replace(layers, stacks=tuple(settled(old, new) for old, new in pairs))
 

@@ -121,7 +121,8 @@ def pieces(tokens: Any, size: int, shape: tuple[int, int]) -> list[Any]:
     if isinstance(tokens, jax.Array) and size == width:
         return [tokens]
     filled = fill(tokens.reshape(size, *shape), count * width)
-    return [filled] if count == 1 else [filled[i * width : (i + 1) * width] for i in range(count)]
+    parts = [filled] if count == 1 else [filled[i * width : (i + 1) * width] for i in range(count)]
+    return [jax.device_put(part) for part in parts]
 
 
 def fill(x: Any, size: int) -> Any:
