@@ -16,7 +16,9 @@ from lowering import KERNEL, lowered
 import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec
 from jaxkv.codec import rotation
+from jaxkv.config import TierSpec
 from jaxkv.kernels import dispatch, pallas_write
+from jaxkv.state import Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run
 from jaxkv.tiers.tokens import Tokens
@@ -130,7 +132,11 @@ def test_a_cache_written_by_the_kernel_is_the_same(
         calls.append(fmt)
         return pallas_write.write(held, fmt, new, run, layer, interpret=True)
 
-    monkeypatch.setattr(dispatch, "write", interpreted)
+    def each(tier: Tier, spec: TierSpec, new: Any, *rest: Any) -> Tier:
+        sides = zip(tier.sides, spec.formats, new, strict=True)
+        return Tier(*(interpreted(*side, *rest) for side in sides))
+
+    monkeypatch.setattr(dispatch, "write_sides", each)
     chex.assert_trees_all_equal(appended_all(), expected)
     assert {spec.bits for spec in calls} == {4, 8}
 
