@@ -4,6 +4,7 @@ deeper, nothing held is lost."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -23,6 +24,7 @@ from cases import (
     random_query,
     random_tokens,
 )
+from laws import given
 
 import jaxkv
 from jaxkv import CacheState, Status, reference
@@ -45,8 +47,12 @@ over_all = pytest.mark.parametrize(
 )
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-append, attend, rewind = jit(jaxkv.append), jit(jaxkv.attend), jit(jaxkv.rewind)
+attend, rewind, _append = jit(jaxkv.attend), jit(jaxkv.rewind), jit(jaxkv.append)
 gather, stats = jit(jaxkv.gather), jit(jaxkv.stats)
+
+
+def append(state: CacheState, keys: Array, values: Array, *lengths: Any) -> CacheState:
+    return _append(state, keys, given(state.config, values), *lengths)
 
 
 def assert_same(actual: CacheState, expected: CacheState) -> None:

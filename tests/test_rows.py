@@ -20,6 +20,7 @@ from laws import assert_within, exact_attention, extend, over, start
 
 import jaxkv
 from jaxkv import shards
+from jaxkv.config import LANES
 from jaxkv.kernels import platform, xla
 from jaxkv.sharding import Axes
 from jaxkv.state import segments
@@ -134,7 +135,8 @@ def test_no_slot_is_looked_at_twice(capacity: int) -> None:
     part = segments(
         jaxkv.init(dataclasses.replace(test_hlo.config("eager", capacity), num_kv_heads=4), 1)
     )[-1]
-    assert part.spec.capacity == capacity
+    assert capacity <= part.spec.capacity < capacity + LANES
+    capacity = part.spec.capacity  # a long ring is whole windows
     size = xla._block_size(part, jax.ShapeDtypeStruct((1, 4, 2, 64), np.float32))
     blocks = -(-capacity // size)
     assert capacity <= blocks * size < capacity + 32 * blocks
