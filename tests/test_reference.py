@@ -362,13 +362,13 @@ def test_attend_is_causal_among_the_newest() -> None:
 
 
 def test_prefill_sees_the_raw_tokens() -> None:
-    """The new tokens count exactly, as before any rounding, even those that the append evicts at
-    once."""
+    """The new tokens count exactly, as before any rounding, each query's with those that it would
+    find had they come one by one: the newest two."""
     settings = config(1, 2, tail_precision=FP16)
     state = filled(settings, 1)
     new = numbered(0, 3) + 0.0001
     state, out = reference.prefill(state, np.zeros((1, 3, 1, 8)), new, new)
-    np.testing.assert_allclose(out[0, :, 0, 0], [0.0001 / 2, 1.0002 / 3, 3.0003 / 4], rtol=1e-5)
+    np.testing.assert_allclose(out[0, :, 0, 0], [0.0001 / 2, 1.0002 / 2, 3.0002 / 2], rtol=1e-5)
     assert positions(state) == [2, 3]
 
 

@@ -205,12 +205,9 @@ def _attend(
     ):
         for t in range(query.shape[1]):
             position = row.end + len(raw[b]) - length + t
-            visible = _visible(state, b, raw[b], position, options.causal)
-            seen = [
-                p
-                for p in visible
-                if t < length and options.sees(b, t, position, p, config.sink_tokens)
-            ]
+            is_one = t < length  # the rest are padding, which sees nothing
+            visible = _visible(state, b, raw[b], position, options.causal) if is_one else {}
+            seen = [p for p in visible if options.sees(b, t, position, p, config.sink_tokens)]
             added = options.added(b, t, position, seen, query.shape[2])
             pairs = np.array([visible[p] for p in seen]).reshape(shape)
             found, lse[b, t] = attention_and_lse(query[b, t], pairs, scale, added, options)
