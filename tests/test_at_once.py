@@ -15,6 +15,8 @@ from laws import append, assert_within, attend, extend, gather, held, over, star
 import jaxkv
 from jaxkv import reference
 
+pytestmark = pytest.mark.slow
+
 FULL = CASES["fp32"].config.max_tokens  # of one exact tier: the right answer is exact attention
 
 

@@ -13,6 +13,8 @@ import jaxkv
 from jaxkv import QuantSpec, Rotary, reference
 from jaxkv.codec import balance, turning
 
+pytestmark = pytest.mark.slow
+
 HEADS, DIM, LENGTH = 2, 32, 160
 ROTARY = Rotary(1e4)
 

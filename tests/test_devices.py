@@ -18,6 +18,8 @@ import pytest
 import jaxkv
 from jaxkv import KvCacheConfig, TwoTierKvCache
 
+pytestmark = pytest.mark.slow
+
 CONFIG = KvCacheConfig(4, max_tokens=16, num_kv_heads=2, head_dim=16)
 ONE, QUERY = np.ones((1, 1, 2, 16), np.float32), np.ones((1, 1, 4, 16), np.float32)
 

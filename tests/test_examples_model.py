@@ -17,6 +17,8 @@ import texts
 
 import jaxkv
 
+pytestmark = pytest.mark.slow
+
 TINY = llama.LlamaConfig(
     num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-5
 )

@@ -30,6 +30,8 @@ from laws import (
 import jaxkv
 from jaxkv import Status, reference
 
+pytestmark = pytest.mark.slow
+
 extend = jax.jit(jaxkv.extend, static_argnames=("causal",))
 keep = jax.jit(jaxkv.keep)
 

@@ -18,6 +18,8 @@ from jaxkv import KvCacheConfig
 from jaxkv.objects import TwoTierKvCache
 from jaxkv.presets import PRESETS
 
+pytestmark = pytest.mark.slow
+
 B, T, K, N, H = 2, 5, 2, 4, 32
 SIZES: dict[str, int] = {"max_tokens": 96, "num_kv_heads": K, "head_dim": H, "tail_length": 8}
 # A tier of each kind in a row, besides the presets.

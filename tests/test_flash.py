@@ -22,6 +22,8 @@ from jaxkv import KvCacheConfig, shards
 from jaxkv.kernels import dispatch, flash, platform
 from jaxkv.sharding import Axes
 
+pytestmark = pytest.mark.slow
+
 SOME = {
     name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")
 }

@@ -20,6 +20,8 @@ from lowering import H100
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
 
+pytestmark = pytest.mark.slow
+
 HEADS, LAYERS = 4, 3
 SLOTS = (
     5987,

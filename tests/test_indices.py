@@ -18,6 +18,8 @@ import jaxkv
 from jaxkv import CacheState, KvCacheConfig
 from jaxkv.kernels import platform
 
+pytestmark = pytest.mark.slow
+
 HEADS, HEAD_DIM, PROMPT = 2, 64, 150
 
 

@@ -16,6 +16,8 @@ from flax import linen, nnx
 import jaxkv
 from jaxkv.integrations import equinox, flax
 
+pytestmark = pytest.mark.slow
+
 B, D, N, K, H = 2, 32, 4, 2, 8
 PROMPT, TOTAL = 6, 14
 X = jax.random.normal(jax.random.key(0), (B, TOTAL, D))

@@ -46,6 +46,8 @@ from laws import (
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, QuantSpec, codec
 
+pytestmark = pytest.mark.slow
+
 # 5. However the program is put together.
 
 

@@ -15,6 +15,8 @@ import jaxkv
 from jaxkv import LayerSpec, Status
 from jaxkv.models.spec import Kind
 
+pytestmark = pytest.mark.slow
+
 B, N, K, H = 2, 4, 2, 16
 WINDOW, FULL, CHUNK = 8, 48, 6
 MODEL = {

@@ -15,6 +15,8 @@ from laws import append, evict, extend, gather, held, rewind, start
 import jaxkv
 from jaxkv import Status, ring
 
+pytestmark = pytest.mark.slow
+
 
 def test_stats_of_a_large_cache() -> None:
     """64 layers x 48 rows x 2**20 tokens are counted in floats: their bytes, and their ratio."""

@@ -21,6 +21,8 @@ import jaxkv
 from jaxkv import CacheState, Status, paged
 from jaxkv.batch import concatenate, replace_rows
 
+pytestmark = pytest.mark.slow
+
 reserve = jax.jit(paged.reserve)
 fork = jax.jit(paged.fork)
 release = jax.jit(paged.release)

@@ -38,6 +38,8 @@ from jaxkv.state import Segment, Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens, only
 
+pytestmark = pytest.mark.slow
+
 SMALL = pallas_gpu.Tuning(slots=32, programs=12)  # several blocks and splits in few slots
 UNIT_OF_QUERIES = 2.0**-3  # queries come in multiples of a power of two
 UNIT = 2.0**-17  # of each factor: what two bfloat16 terms leave out

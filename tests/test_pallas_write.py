@@ -23,6 +23,8 @@ from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run
 from jaxkv.tiers.tokens import Tokens
 
+pytestmark = pytest.mark.slow
+
 HEADS, CAPACITY, NUM_NEW = 4, 12, 5
 SPECS = {
     "q8": QuantSpec(8, 64),

@@ -15,6 +15,8 @@ from jaxkv.config import LANES
 from jaxkv.kernels import platform
 from jaxkv.tiers.place import Run, scatter, windows
 
+pytestmark = pytest.mark.slow
+
 ROWS, HEADS, WORDS = 3, 2, 4
 AXES = {-2: (HEADS, "S", WORDS), -1: (HEADS, WORDS, "S")}
 

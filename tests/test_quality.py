@@ -14,6 +14,8 @@ for needed in ("gguf", "tokenizers", "tqdm"):
 
 import quality  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def test_quick_mode_fails_on_worse_codes() -> None:
     """CI runs the quick mode itself, as it does every example's."""

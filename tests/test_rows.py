@@ -25,6 +25,8 @@ from jaxkv.kernels import platform, xla
 from jaxkv.sharding import Axes
 from jaxkv.state import segments
 
+pytestmark = pytest.mark.slow
+
 SOME = {
     name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")
 }

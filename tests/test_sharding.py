@@ -31,6 +31,8 @@ from jaxkv import (
 from jaxkv.sharding import Axes
 from jaxkv.shards import Shards
 
+pytestmark = pytest.mark.slow
+
 B, N, K, H = 4, 8, 4, 32
 ROWS_AND_HEADS, ALL = Axes("batch", "heads"), Axes("batch", "heads", "context")
 SIZES: dict[str, Any] = {
