@@ -42,6 +42,10 @@ class Looking(NamedTuple):
     def end(self) -> jax.Array:
         return self.cache.end
 
+    @property
+    def num_layers(self) -> int | None:
+        return self.cache.num_layers
+
 
 def looking(
     state: Looking,

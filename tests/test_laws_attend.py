@@ -81,9 +81,9 @@ def test_empty_slots_never_reach_an_output(
 def test_dropped_tokens_never_reach_an_output(case: Case, rng: np.random.Generator) -> None:
     """Tokens of NaN that were evicted, rewound, or cleared leave no trace but in the status."""
     keys, values = random_tokens(rng, case, 10)
-    bad, query = np.full_like(keys[:, :5], np.nan), random_query(rng, case)
-    lengths = np.full(case.batch_size, 5, np.int32)
-    state = append(start(case), bad, bad)
+    bad = [np.full_like(side[:, :5], np.nan) for side in (keys, values)]
+    query, lengths = random_query(rng, case), np.full(case.batch_size, 5, np.int32)
+    state = append(start(case), *bad)
     assert (state.status == Status.NOT_FINITE).all() and not clear(state).status.any()
     states = [clear(state), rewind(state, lengths)]
     if not case.config.sink_tokens:
