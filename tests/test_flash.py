@@ -15,7 +15,7 @@ import pytest
 import test_scoring
 from cases import CASES, Case, random_query, random_tokens
 from jax.sharding import AxisType
-from laws import assert_same, assert_within, exact_attention, extend, over, start
+from laws import assert_same, assert_within, exact_attention, extend, given, over, start
 
 import jaxkv
 from jaxkv import KvCacheConfig, shards
@@ -42,7 +42,7 @@ def test_every_format_is_attended_exactly(case: Case, rng: np.random.Generator) 
     keys, values = random_tokens(rng, case, 60)
     lengths = np.arange(case.batch_size, dtype=np.int32) % 6
     state = extend(start(case), keys, values)
-    state = jaxkv.append(state, keys[:, :5], values[:, :5], lengths)
+    state = jaxkv.append(state, keys[:, :5], given(case.config, values[:, :5]), lengths)
     query = random_query(rng, case, 5)
     expected, bound = exact_attention(state, query, lengths)
     attend = jax.jit(lambda state, query: jaxkv.attend(state, query, lengths=lengths))

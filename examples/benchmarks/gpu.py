@@ -33,8 +33,8 @@ from roofline import MODELS, PRECISIONS, SIZES, bytes_per_token, print_expected
 
 import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision
-from jaxkv.attend import fold
 from jaxkv.kernels import dispatch, pallas_gpu, pallas_write, xla
+from jaxkv.kernels.segments import fold
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import normalize
 from jaxkv.state import segments

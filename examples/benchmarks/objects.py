@@ -76,7 +76,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
     def append(pair: list[Any]) -> Any:
         cache.append(*pair)
-        return cache._state.end
+        return cache._record.state.end
 
     appends = {
         "bare": lambda: bare.one_token(*batched),

@@ -87,8 +87,8 @@ def partial_attention(
         out = carry.out * decay[:, None] + _dot(weights, values, 0)
         return Partial(out, top, carry.sum * decay + weights.sum(-1))
 
-    last, words = sides[-1].fmt, sides[-1].tokens.data.shape[-1]
-    width = words if isinstance(last, Precision) else words * last.codes_per_byte
+    head_dim = query.shape[-1]  # also of values that are a part of the keys
+    width = head_dim if len(sides) == 1 else part.spec.value_dim or head_dim
     none = jax.tree.map(lambda x: x[0, 0], nothing(query, part, width))
     if part.pages is None and part.spec.capacity <= blocks.size:
         found = visit(jnp.int32(0), none)
