@@ -33,12 +33,14 @@ from roofline import MODELS, PRECISIONS, SIZES, bytes_per_token, print_expected
 
 import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision
+from jaxkv.codec.scales import stored_scale
 from jaxkv.kernels import dispatch, pallas_gpu, pallas_write, xla
 from jaxkv.kernels.segments import fold
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import normalize
 from jaxkv.state import segments
 from jaxkv.tiers import tokens
+from jaxkv.tiers.place import Run
 
 MOST_BYTES = 24e9  # of the bfloat16 keys and values of one layer; larger sizes are left out
 
@@ -73,6 +75,8 @@ def full_cache(config: KvCacheConfig, batch: int, layers: int | None = None) -> 
             return jax.lax.bitcast_convert_type(
                 jax.random.normal(key, leaf.shape, jnp.bfloat16), jnp.int16
             )
+        if leaf.dtype == jnp.uint16:
+            return stored_scale(jax.random.uniform(key, leaf.shape, jnp.float32, 0.05, 0.1))
         return jax.random.uniform(key, leaf.shape, leaf.dtype, 0.05, 0.1)
 
     leaves, tree = jax.tree.flatten(state.tiers)
@@ -80,9 +84,10 @@ def full_cache(config: KvCacheConfig, batch: int, layers: int | None = None) -> 
         [jax.jit(lambda i=i, leaf=leaf: fill(i, leaf))() for i, leaf in enumerate(leaves)]
     )
     end = jnp.full(state.end.shape, config.max_tokens, jnp.int32)
-    return jaxkv.CacheState(
-        None, tiers, end, jnp.zeros(state.lost.shape, jnp.int32), jnp.zeros_like(end), config
+    lost, refused, changed = (
+        jnp.zeros(x.shape, x.dtype) for x in (state.lost, state.refused, state.changed)
     )
+    return jaxkv.CacheState(None, tiers, end, lost, refused, changed, config)
 
 
 # Correctness.
@@ -98,10 +103,19 @@ def worst_error(
     query = fold(query_of(batch, heads, head_dim).astype(jnp.float32) * head_dim**-0.5, kv_heads)
     position, scoring = state.end[:, None] - 1, Scoring()
     limits = dispatch.limits(position, scoring, 0, query)
-    found = normalize(pallas_gpu.partial_attention(part, query, limits, None, interpret=interpret))
+    unit = jnp.ones((*query.shape[:-1], 1))
+    found = normalize(
+        pallas_gpu.partial_attention(part, query, unit, limits, None, interpret=interpret)
+    )
     wanted = normalize(
         xla.partial_attention(
-            part, query, lambda key, row: scoring.visible(position, key, 0), None, state.end, None
+            part,
+            query,
+            unit,
+            lambda key, row: scoring.visible(position, key, 0),
+            None,
+            state.end,
+            None,
         )
     )
     assert bool(jnp.isfinite(found).all())
@@ -119,11 +133,12 @@ def unlike(precision: Precision, model: tuple[int, int, int], interpret: bool) -
     )
     held = tokens.allocate(spec, (2,), heads, 64, head_dim)
     new = query_of(2 * 64, heads, head_dim).astype(jnp.float32).reshape(2, 64, heads, head_dim)
-    slots = jnp.tile(jnp.arange(64, dtype=jnp.int32), (2, 1))
-    found = pallas_write.write(held, spec, new, slots, None, interpret=interpret)
+    first, stop = jnp.zeros(2, jnp.int32), jnp.full(2, 64, jnp.int32)
+    run = Run(first, first, stop, 64, 64)
+    found = pallas_write.write(held, spec, new, run, None, interpret=interpret)
     portable = jax.jit(
         lambda held, new: tokens.write(
-            held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), slots, None
+            held, spec, tokens.encode(tokens.basis_of(held, spec, None), new), run, None
         )
     )
     wanted = portable(held, new)
