@@ -10,6 +10,8 @@ from laws import norms
 import jaxkv
 from jaxkv import QuantSpec, Rotary, reference
 
+pytestmark = pytest.mark.slow
+
 HEADS, DIM, TAIL, LENGTH = 2, 32, 64, 100
 PLAIN = QuantSpec(4, 32, rotate=True, align=True)
 

@@ -21,6 +21,8 @@ import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Status
 from jaxkv.signed import NO_DIGEST, StorageError, sign
 
+pytestmark = pytest.mark.slow
+
 CONFIG = KvCacheConfig(4, max_tokens=24, num_kv_heads=2, head_dim=16, sink_tokens=2)
 OBJECTS = 2**21
 """Bytes that Python's own objects may take besides; tracing the shapes of a state takes half."""
