@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+MOST_INT = int(np.iinfo(np.int32).max)
+
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether values can be looked at, that is, nothing is traced."""
@@ -32,9 +34,11 @@ def _refuse(primals: Any, tangents: Any) -> Any:
 
 
 def as_int(name: str, value: Any, least: int) -> int:
-    """A Python or NumPy integer of at least `least`, as an int."""
+    """A Python or NumPy integer of at least `least`, as an int; no more than int32 counts."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: must be an int of at least {least}")
+    if value > MOST_INT:
+        raise ValueError(f"{name}={value!r}: must be at most {MOST_INT}, as int32 counts")
     return int(value)
 
 

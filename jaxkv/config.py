@@ -282,10 +282,11 @@ _DEFAULT_SPECS = {
 def _group_size(head_dim: int, largest: int) -> int:
     """The largest divisor of `head_dim` up to `largest`; where that is less than a quarter of it
     (101 has but 1), the smallest one beyond."""
-    divisors = [size for size in range(1, head_dim + 1) if head_dim % size == 0]
+    small = [size for size in range(1, math.isqrt(head_dim) + 1) if head_dim % size == 0]
+    divisors = {*small, *(head_dim // size for size in small)}
     up_to = max(size for size in divisors if size <= largest)
-    beyond = [size for size in divisors if size > largest]
-    return beyond[0] if 4 * up_to < largest and beyond else up_to
+    beyond = min((size for size in divisors if size > largest), default=up_to)
+    return beyond if 4 * up_to < largest else up_to
 
 
 def _as_enum(kind: type[Any], name: str, value: Any) -> Any:

@@ -129,7 +129,6 @@ class Arrival:
     base: jax.Array  # [B] int32, as are first and stop
     first: jax.Array
     stop: jax.Array
-    whole: bool = False  # all of them are written
 
     @property
     def size(self) -> int:
@@ -150,7 +149,6 @@ def store(
 ) -> Tier:
     """Writes an arrival into a tier's ring; of more tokens than it has slots, only the newest."""
     lasting = jnp.maximum(arrival.first, arrival.stop - spec.capacity)
-    whole = arrival.whole and arrival.size <= spec.capacity
     if arrival.size > spec.capacity:
         arrival = _from(arrival, lasting - arrival.base, spec.capacity)
     base = arrival.base
@@ -161,7 +159,6 @@ def store(
         arrival.stop - base,
         arrival.size,
         capacity,
-        whole,
         pages,
     )
     keys, turned = arrival.sides[0], tokens.turned_mean_of(tier.keys, spec.rotary, layer)

@@ -102,8 +102,7 @@ def append(
     most = dispatch.tokens_at_once(sides[0].shape, config.step)
     if size > most and state.pages is None:
         return _append_blocks(state, sides, count, most, layer, implementation)
-    whole = lengths is None and exists is True and full is None and state.pages is None
-    return _append(state, sides, count, whole, layer, implementation)
+    return _append(state, sides, count, layer, implementation)
 
 
 def _append_blocks(
@@ -122,7 +121,7 @@ def _append_blocks(
         start = index * size
         some = (x.at((0, start, 0, 0), (x.bits.shape[0], size, *x.bits.shape[2:])) for x in new)
         number = (count - start).clip(0, size)
-        return _append(state, tuple(some), number, False, layer, implementation)
+        return _append(state, tuple(some), number, layer, implementation)
 
     # Not beyond the longest row: every block, even an empty one, takes its time.
     blocks = (count.max() + (size - 1)) // size
@@ -133,11 +132,10 @@ def _append(
     state: CacheState,
     sides: tuple[jax.Array, ...],
     count: jax.Array,
-    whole: bool,
     layer: Index,
     implementation: dispatch.Implementation,
 ) -> CacheState:
-    """`append` of the first `count` [B] of a few tokens; `whole`: all of them, in every row."""
+    """`append` of the first `count` [B] of a few tokens."""
     config = state.config
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
     changed = _changed(state, sides, count, layer)
@@ -145,8 +143,7 @@ def _append(
     low, new_end = ring.starts(config, end, kept), end + count
     new_low = ring.starts(config, new_end, kept)
 
-    first, whole = jnp.maximum(end, config.sink_tokens), whole and not config.sink_tokens
-    new = Arrival(sides, end, first, new_end, whole)
+    new = Arrival(sides, end, jnp.maximum(end, config.sink_tokens), new_end)
     passage = Passage(kept, low, new_low)
     tiers = take_in(config, state.tiers, new, passage, layer, implementation, state.pages)
     sinks = state.sinks

@@ -41,6 +41,7 @@ def refused(message: str) -> Any:
     ("fields", "message"),
     [
         ({"max_tokens": 0}, "max_tokens=0: must be an int of at least 1"),
+        ({"head_dim": 10**30}, "must be at most 2147483647, as int32 counts"),
         ({"num_kv_heads": 0}, "num_kv_heads=0: must be an int of at least 1"),
         ({"head_dim": -8}, "head_dim=-8: must be an int of at least 1"),
         ({"head_dim": 16.0}, r"head_dim=16.0: must be an int"),

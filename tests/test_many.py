@@ -63,6 +63,21 @@ def test_positions_end(rng: np.random.Generator) -> None:
         jaxkv.append(state, *new)
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16_q4", "bf16_q8_q4_batched_sinks"])
+def test_a_refused_row_keeps_all_it_holds(name: str, rng: np.random.Generator) -> None:
+    """Without lengths, too: every slot of a full row stays, and the row beside it goes on."""
+    case = dataclasses.replace(CASES[name], batch_size=2)
+    state = extend(start(case), *random_tokens(rng, case, 40))
+    ends = jnp.array([ring.MOST, 40], jnp.int32)
+    lost = state.lost.at[0].add(ring.MOST - 40)
+    state = dataclasses.replace(state, end=ends, lost=lost)
+    after = jax.jit(jaxkv.append)(state, *random_tokens(rng, case, 1))
+    np.testing.assert_array_equal(after.status, [Status.OUT_OF_POSITIONS, 0])
+    np.testing.assert_array_equal(after.end, [ring.MOST, 41])
+    kept, held_before = (jaxkv.take_rows(x, jnp.array([0])) for x in (after, state))
+    chex.assert_trees_all_equal((kept.tiers, kept.sinks), (held_before.tiers, held_before.sinks))
+
+
 def test_layers_that_hold_nothing(rng: np.random.Generator) -> None:
     """rewind and evict of a stack leave layers alone that have never held a token; a row that is
     empty in every layer is refused as ever."""

@@ -39,7 +39,6 @@ class Run:
     stop: jax.Array  # [B]
     size: int = dataclasses.field(metadata={"static": True})  # T, at most the capacity
     capacity: int = dataclasses.field(metadata={"static": True})
-    whole: bool = dataclasses.field(metadata={"static": True}, default=False)  # all are written
     pages: Pages | None = None  # where the slots are those of a pool
 
     @property
@@ -85,7 +84,7 @@ class Run:
         start, first, stop = (x // group for x in (self.start, self.first, self.stop))
         pages = self.pages and self.pages.of_groups(group)
         size, capacity = self.size // group, self.capacity // group
-        return Run(start, first, stop, size, capacity, self.whole, pages)
+        return Run(start, first, stop, size, capacity, pages)
 
 
 def located(slots: jax.Array, pages: Pages | None) -> At:
@@ -112,9 +111,8 @@ def scatter(old: jax.Array, new: jax.Array, run: Run, layer: Index, axis: int) -
     """
     place = index_of(run.at, layer, axis)
     at: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
-    if not run.whole:
-        written = run.written.reshape(*run.written.shape, *[1] * (new.ndim - 2))
-        new = jnp.where(written, new, old.at[place].get(**at))
+    written = run.written.reshape(*run.written.shape, *[1] * (new.ndim - 2))
+    new = jnp.where(written, new, old.at[place].get(**at))
     if run.slots.size == 1:
         # XLA takes a scatter of one update for a dynamic_update_slice: the same update twice
         new, place = jnp.tile(new, (1, 2, 1, 1)), (*place[:-1], jnp.tile(place[-1], (1, 2)))
