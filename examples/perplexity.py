@@ -25,7 +25,7 @@ from texts import TEXTS, read_text
 from tqdm import tqdm
 
 import jaxkv
-from jaxkv.state import bytes_per_token
+from jaxkv.stats import bytes_per_token
 
 WORST = 32
 """The largest divergences that a score keeps: enough for the 99.9 % quantile of 16,384 tokens or

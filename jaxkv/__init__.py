@@ -33,7 +33,8 @@ from jaxkv.rotary import Rotary
 from jaxkv.scoring import Scoring
 from jaxkv.signed import StorageError
 from jaxkv.softmax import merge_outputs as merge
-from jaxkv.state import CacheState, KvCacheStats, init, nbytes
+from jaxkv.state import CacheState, init
+from jaxkv.stats import KvCacheStats, nbytes
 from jaxkv.status import Status
 from jaxkv.storage import load
 from jaxkv.update import migrate

@@ -17,9 +17,10 @@ from jaxkv.kernels import dispatch
 from jaxkv.kernels.segments import over_segments, unfold
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import CacheState, Segment, Tier, segments
+from jaxkv.state import CacheState, segments
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens, float_data
 
 

@@ -17,10 +17,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxkv import drop
-from jaxkv import state as whole
 from jaxkv.config import KvCacheConfig, Overflow
+from jaxkv.gather import gather as gather_whole
 from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
-from jaxkv.state import CacheState, KvCacheStats
+from jaxkv.state import CacheState
+from jaxkv.state import init as init_whole
+from jaxkv.stats import KvCacheStats
+from jaxkv.stats import stats as stats_whole
 from jaxkv.tiers.place import Index
 from jaxkv.trees import node
 
@@ -81,7 +84,7 @@ def init(
     def allocate(means: dict[str, jax.Array]) -> Shards:
         all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
         cache = dataclasses.replace(
-            whole.init(all_heads, batch_size, num_layers, **means), config=part
+            init_whole(all_heads, batch_size, num_layers, **means), config=part
         )
         sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
         cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
@@ -108,14 +111,14 @@ def gather(shards: Shards, *, layer: Index = None) -> tuple[jax.Array, jax.Array
     context, heads)`, positions, those of the whole, as `PartitionSpec(batch, context)`; layers, if
     any, come first."""
     deal = Deal.of(shards)
-    keys, values, position = whole.gather(deal.cache, layer=layer)
+    keys, values, position = gather_whole(deal.cache, layer=layer)
     return keys, values, jnp.where(position < 0, -1, position * deal.parts + deal.part)
 
 
 def stats(shards: Shards) -> KvCacheStats:
     """`jaxkv.stats` of the whole: counts of this device's rows, bytes of all."""
     deal = Deal.of(shards)
-    found = whole.stats(deal.cache)
+    found = stats_whole(deal.cache)
     counts = {
         name: deal.total(value) for name, value in vars(found).items() if name.endswith("_tokens")
     }

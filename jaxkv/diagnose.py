@@ -18,8 +18,9 @@ from jaxkv.config import KvCacheConfig
 from jaxkv.formats import QuantSpec
 from jaxkv.migration import adapted
 from jaxkv.presets import exact
-from jaxkv.state import CacheState, Tier, segments
+from jaxkv.state import CacheState, segments
 from jaxkv.tiers import tokens
+from jaxkv.tiers.segment import Tier
 
 LOSES = 1 / 3
 """The error of scores above which a layer loses: 0.08 to 0.24 in layers whose attention weights

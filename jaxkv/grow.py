@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxkv import ring
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format, channel_group
-from jaxkv.state import CacheState, Tier, check_rows_apart
+from jaxkv.state import CacheState, check_rows_apart
 from jaxkv.tiers import tokens
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import SCALES, Tokens
 
 SIZES = ("max_tokens", "tail_length", "warm_length", "rewind_length")

@@ -16,10 +16,10 @@ from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Format
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.dispatch import Implementation
-from jaxkv.state import Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index, Run
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import Tokens
 
 ALIGN_TOKENS = 128

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh
 from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.models.spec import LayerSpec
 from jaxkv.sharding import Axes, check_divides, share, size
-from jaxkv.state import CacheState, bytes_per_token, init
+from jaxkv.state import CacheState, init
+from jaxkv.stats import bytes_per_token
 from jaxkv.summary import describe
 
 Layer = LayerSpec | KvCacheConfig

@@ -35,9 +35,10 @@ from jaxkv.kernels.dispatch import Implementation
 from jaxkv.kernels.segments import Parts, over_segments
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import CacheState, Segment, segments
+from jaxkv.state import CacheState, segments
 from jaxkv.status import Status, flagged
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment
 
 __all__ = [
     "Shards",

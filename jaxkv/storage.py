@@ -32,8 +32,9 @@ from jaxkv.devices import settled
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.rotary import Rotary
 from jaxkv.signed import MALFORMED, NO_DIGEST, VERSION, SignedFile, StorageError, sign
-from jaxkv.state import CacheState, Tier, check_rows_apart, init
+from jaxkv.state import CacheState, check_rows_apart, init
 from jaxkv.tiers import tokens
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import Tokens
 
 

@@ -8,15 +8,17 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from jaxkv import batch, drop, state, storage, update
+from jaxkv import batch, drop, storage, update
 from jaxkv.attend import attend as attend_state
 from jaxkv.drafts import keep as keep_state
 from jaxkv.extend import extend as extend_state
 from jaxkv.extend import prefill as prefill_state
+from jaxkv.gather import gather as gather_state
 from jaxkv.models import files, verbs
 from jaxkv.models.layers import Layers
 from jaxkv.padding import positions as positions_state
 from jaxkv.state import CacheState
+from jaxkv.stats import stats as stats_state
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -38,7 +40,7 @@ append = _either(update.append, verbs.append)
 attend = _either(attend_state, verbs.attend)
 extend = _either(extend_state, verbs.extend)
 prefill = _either(prefill_state, verbs.prefill)
-gather = _either(state.gather, verbs.gather)
+gather = _either(gather_state, verbs.gather)
 evict = _either(drop.evict, verbs.evict)
 rewind = _either(drop.rewind, verbs.rewind)
 clear = _either(drop.clear, verbs.clear)
@@ -47,7 +49,7 @@ concatenate = _either(batch.concatenate, verbs.concatenate)
 replace_rows = _either(batch.replace_rows, verbs.replace_rows)
 keep = _either(keep_state, verbs.keep)
 positions = _either(positions_state, verbs.positions)
-stats = _either(state.stats, verbs.stats)
+stats = _either(stats_state, verbs.stats)
 
 
 def save(path: str | os.PathLike[str], state: CacheState | Layers) -> None:

@@ -34,8 +34,8 @@ from jaxkv.kernels.pallas_codes import side
 from jaxkv.kernels.pallas_kernel import Plan, steps
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import Segment, Tier
 from jaxkv.tiers import tokens
+from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens, only
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,9 @@ from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec
 from jaxkv.codec import rotation
 from jaxkv.config import TierSpec
 from jaxkv.kernels import dispatch, pallas_write
-from jaxkv.state import Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import Tokens
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from roofline import append_share, expected
 
 import jaxkv
 from jaxkv import Precision
-from jaxkv.state import bytes_per_token
+from jaxkv.stats import bytes_per_token
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"

@@ -20,9 +20,9 @@ from jaxkv.kernels import platform, xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import Segment, Tier
 from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run, scatter, windows
+from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.walk import walk
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.softmax import Partial, bounded, empty
-from jaxkv.state import Segment
 from jaxkv.tiers import tokens
+from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import SCALES, Tokens
 
 ROWS, SLOTS = 1024, 256

@@ -33,8 +33,8 @@ from jax.experimental.pallas import triton
 from jaxkv.kernels.pallas_codes import padded, side
 from jaxkv.kernels.pallas_kernel import Plan, kernel
 from jaxkv.softmax import Partial
-from jaxkv.state import Segment, Tier
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment, Tier
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from jaxkv.kernels import dispatch, flash, platform
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.state import Segment
 from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import Sliced, basis_of, only, turned_mean_of
 
 Parts = Callable[[jax.Array], list[Segment]]

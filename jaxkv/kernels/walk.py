@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxkv import ring
 from jaxkv.kernels.blocks import Blocks
-from jaxkv.state import Segment
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import Tokens
 
 

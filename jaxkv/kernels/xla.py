@@ -27,8 +27,8 @@ from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
 from jaxkv.kernels.walk import walk
 from jaxkv.softmax import FLOOR, Partial, bounded
-from jaxkv.state import Segment
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)

@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxkv import batch, drop, state, update
+from jaxkv import batch, drop, update
 from jaxkv.attend import attend as attend_state
 from jaxkv.checks import as_counts, in_range
 from jaxkv.drafts import keep as keep_state
 from jaxkv.extend import extend as extend_state
+from jaxkv.gather import gather as gather_state
 from jaxkv.models.layers import Layer, Layers, check_own, keepers
 from jaxkv.models.spec import Kind, LayerSpec
 from jaxkv.padding import positions as positions_state
-from jaxkv.state import CacheState, KvCacheStats
+from jaxkv.state import CacheState
+from jaxkv.stats import KvCacheStats
+from jaxkv.stats import stats as stats_state
 
 # One layer.
 
@@ -103,7 +106,7 @@ def prefill(
 def gather(layers: Layers, *, layer: Layer) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`jaxkv.gather` of what a layer looks at."""
     _, stack, index = layers.find(layer)
-    return state.gather(layers.stacks[stack], layer=index)
+    return gather_state(layers.stacks[stack], layer=index)
 
 
 def _check_keeps(layer: Layer, spec: LayerSpec) -> None:
@@ -274,7 +277,7 @@ def _tree(own: Any) -> Any:
 
 def stats(layers: Layers) -> KvCacheStats:
     """Counts [layers that keep tokens, B], by number; bytes and ratio over all of them."""
-    each = [state.stats(held) for held in layers.stacks]
+    each = [stats_state(held) for held in layers.stacks]
     places = keepers(layers.specs)
 
     def by_layer(name: str) -> jax.Array:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkv import drop, ring, update
-from jaxkv import state as reading
 from jaxkv.attend import attend as attend_to
 from jaxkv.config import KvCacheConfig, Overflow, TierSpec
 from jaxkv.formats import Format
+from jaxkv.gather import gather as gather_tokens
 from jaxkv.migration import ALIGN_TOKENS
-from jaxkv.state import CacheState, Tier
+from jaxkv.state import CacheState, init
+from jaxkv.stats import stats as count
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import Tokens, learn
 
 
@@ -79,8 +81,8 @@ def _without_status(state: CacheState) -> tuple[CacheState, jax.Array]:
 
 
 clear = donated(drop.clear)
-gather = jax.jit(reading.gather)
-stats = jax.jit(reading.stats)
+gather = jax.jit(gather_tokens)
+stats = jax.jit(count)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -89,9 +91,9 @@ def move(state: CacheState, config: KvCacheConfig) -> CacheState:
     sinks; the newest that fit."""
     sinks, wanted = config.sink_tokens, config
     config = dataclasses.replace(config, overflow=Overflow.EVICT)  # the newest that fit
-    *sides, positions = reading.gather(state)
+    *sides, positions = gather_tokens(state)
     sides = sides[: len(config.side_dims)]
-    moved = reading.init(config)
+    moved = init(config)
     if sinks:
         moved = _appended(moved, [x[:, :sinks] for x in sides], jnp.minimum(state.end, sinks))
     # The chain starts where the old one does, so that positions stay; in front of a group of tokens

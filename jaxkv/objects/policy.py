@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Precision
-from jaxkv.state import bytes_per_token
+from jaxkv.stats import bytes_per_token
 
 
 class CacheTier(enum.StrEnum):

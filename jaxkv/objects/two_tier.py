@@ -20,7 +20,7 @@ from jaxkv.objects.buffers import AlignedBuffer, KvMemoryPool, PoolStats
 from jaxkv.objects.errors import KvCacheError, OutOfMemoryError
 from jaxkv.objects.holder import Holder, Record
 from jaxkv.objects.policy import CacheQuantization, CacheTier, QuantizedStore
-from jaxkv.state import KvCacheStats
+from jaxkv.stats import KvCacheStats
 from jaxkv.status import Status
 
 

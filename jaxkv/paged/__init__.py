@@ -10,6 +10,7 @@ from jaxkv.drop import evict as evict
 from jaxkv.drop import rewind as rewind
 from jaxkv.extend import extend as extend
 from jaxkv.extend import prefill as prefill
+from jaxkv.gather import gather as gather
 from jaxkv.paged.index import Prefix as Prefix
 from jaxkv.paged.index import PrefixIndex as PrefixIndex
 from jaxkv.paged.pool import drop as drop
@@ -27,6 +28,5 @@ from jaxkv.paged.swap import Parked as Parked
 from jaxkv.paged.swap import offload as offload
 from jaxkv.paged.swap import prefetch as prefetch
 from jaxkv.paged.swap import restore as restore
-from jaxkv.state import gather as gather
-from jaxkv.state import stats as stats
+from jaxkv.stats import stats as stats
 from jaxkv.update import append as append

@@ -24,9 +24,10 @@ from jaxkv.devices import settled
 from jaxkv.drop import evict
 from jaxkv.migration import due
 from jaxkv.paged.rows import last_positions, moved, pool_of, positions, row_numbers
-from jaxkv.state import CacheState, Tier
+from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import allocation
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import STORED, Tokens
 
 PAGE_SIZE = 128

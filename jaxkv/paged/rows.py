@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 
 from jaxkv import ring
 from jaxkv.checks import check_rows, is_concrete
-from jaxkv.state import CacheState, Tier
+from jaxkv.state import CacheState
 from jaxkv.tiers import allocation
 from jaxkv.tiers.pages import Pages
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import STORED, Tokens
 from jaxkv.trees import node
 

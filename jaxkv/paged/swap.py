@@ -20,7 +20,8 @@ from jaxkv.batch import replace_rows, take_rows
 from jaxkv.drop import clear
 from jaxkv.paged.pool import release
 from jaxkv.paged.rows import Row, adopt, pool_of, snapshot
-from jaxkv.state import CacheState, Tier
+from jaxkv.state import CacheState
+from jaxkv.tiers.segment import Tier
 from jaxkv.tiers.tokens import STORED, Tokens
 
 

@@ -6,9 +6,11 @@ import html
 
 import numpy as np
 
-from jaxkv.state import CacheState, Segment, bytes_per_token, segments
+from jaxkv.state import CacheState, segments
+from jaxkv.stats import bytes_per_token
 from jaxkv.status import Status
 from jaxkv.summary import describe
+from jaxkv.tiers.segment import Segment
 
 WIDTH = 40
 """Characters of a full bar."""
