@@ -1,8 +1,9 @@
-"""What commands share: flags that choose a cache, and sizes in a person's units."""
+"""What commands share: flags that choose a cache, sizes in a person's units, and progress."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import jaxkv
@@ -81,3 +82,9 @@ def human(number: int) -> str:
             break
         number /= 1000  # type: ignore[assignment]
     return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.2f} {unit}"
+
+
+def progress(text: str) -> None:
+    """What is going on, on stderr; in a terminal each line takes the place of the one before."""
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{text:60}" if end == "\r" else text, end=end, file=sys.stderr, flush=True)

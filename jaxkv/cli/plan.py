@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from jaxkv.cli.auto import Choice, choose
 from jaxkv.cli.common import add_config, fields_of, human, in_bytes
 from jaxkv.models.configs import ModelShape, model_shape
 from jaxkv.models.spec import LayerSpec
@@ -29,7 +30,18 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--mesh", type=_devices, default={}, help="devices that split it: batch=2,heads=4,context=1"
     )
+    command.add_argument(
+        "--auto",
+        action="store_true",
+        help="choose the preset: give two of --context, --memory and --quality",
+    )
+    command.add_argument(
+        "--quality",
+        type=float,
+        help="with --auto: the most that may be lost, as a KL; 0.003 is Q4's, 0 exact",
+    )
     add_config(command, with_model=True)
+    command.set_defaults(preset=None)
 
 
 def _devices(text: str) -> dict[str, int]:
@@ -43,10 +55,26 @@ def _devices(text: str) -> dict[str, int]:
 
 def run(options: argparse.Namespace) -> None:
     """Prints a plan."""
+    if options.quality is not None and not options.auto:
+        raise ValueError("--quality is for --auto, which chooses a preset by it")
     shape = _shape(options)
-    layers = shape.sized(options.preset, options.context, **fields_of(options))
+    if options.auto:
+        _print_choice(choose(shape, options), options.json)
+        return
+    layers = shape.sized(options.preset or "q4", options.context, **fields_of(options))
     found = plan(layers, options.batch, options.mesh, options.memory, shape.notes)
     print(json.dumps(found.as_dict(), indent=2) if options.json else table(found))
+
+
+def _print_choice(choice: Choice, as_json: bool) -> None:
+    if as_json:
+        chosen = {"preset": choice.preset, "loss": choice.loss, **choice.made.as_dict()}
+        print(json.dumps(chosen, indent=2))
+        return
+    sequences = f"{choice.made.batch_size} x {choice.made.max_tokens:,} tokens"
+    print(f"{choice.preset}: {sequences} in {human(choice.size)} per device")
+    print(f"loses a KL of {choice.loss:g} (SmolLM2-135M; measure yours: examples/quality.py)\n")
+    print(table(choice.made))
 
 
 def _shape(options: argparse.Namespace) -> ModelShape:
