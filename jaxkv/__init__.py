@@ -56,7 +56,7 @@ from jaxkv.verbs import (
     stats,
     take_rows,
 )
-from jaxkv.view.draw import draw
+from jaxkv.view import draw
 
 __version__ = importlib.metadata.version("jaxkv")
 

@@ -3,6 +3,7 @@ a state drawn as bars."""
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,30 @@ def test_a_drawing_has_a_line_for_each_tier(state: jaxkv.CacheState) -> None:
     assert tiers[0].count("#") == 40 and tiers[1].count("#") == round(40 * 4 / 14)
     with pytest.raises(ValueError, match=r"row=2: the state has 0 \.\. 1"):
         jaxkv.draw(state, row=2)
+
+
+def test_notebooks_show_the_drawing(state: jaxkv.CacheState) -> None:
+    """And what `repr` says where there are no numbers, as under jit."""
+    assert jaxkv.draw(state) in html.unescape(state._repr_html_())
+    shown: list[str] = []
+
+    @jax.jit
+    def look(state: jaxkv.CacheState) -> jax.Array:
+        shown.append(state._repr_html_())
+        return state.end
+
+    look(state)
+    assert "traced" in shown[0]
+    layers = jaxkv.init_layers([state.config] * 2)
+    assert layers._repr_html_().count("2 layers") == 1
+
+
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")  # treescope's own
+def test_treescope_shows_the_tokens(state: jaxkv.CacheState) -> None:
+    """Decoded, beside the config and the rows' positions."""
+    treescope = pytest.importorskip("treescope")
+    text = treescope.render_to_text(state)
+    assert all(f"{name}=" in text for name in ("config", "end", "status", "keys", "positions"))
 
 
 def test_show_says_what_a_file_holds(

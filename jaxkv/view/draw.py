@@ -1,8 +1,6 @@
-"""A state for people to look at: a bar for each tier, in a terminal or in a notebook."""
+"""A state for people to look at: a bar for each tier, in a terminal."""
 
 from __future__ import annotations
-
-import html
 
 import numpy as np
 
@@ -32,11 +30,6 @@ def draw(state: CacheState, row: int = 0, layer: int = 0) -> str:
     lines = [_headline(state), *(_line(state, part, row) for part in _newest_first(parts))]
     status = int(np.bitwise_or.reduce(np.asarray(state.status).ravel()))
     return "\n".join(lines if not status else [*lines, f"status: {Status(status)!s}"])
-
-
-def draw_html(state: CacheState) -> str:
-    """`draw` for a notebook."""
-    return f"<pre>{html.escape(draw(state))}</pre>"
 
 
 def _check(name: str, index: int, size: int) -> None:
