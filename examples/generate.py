@@ -245,10 +245,11 @@ def main(argv: list[str] | None = None) -> None:
     layers = llama.caches_of(model, "q4", max_tokens, **cache_fields(args, max_tokens))
     state = jaxkv.init_layers(layers)
 
+    print("compiling what reads a prompt: once for each length of a chunk", file=sys.stderr)
     state, logits = prefill(model, stacked, state, prompt)
     key, *keys = jax.random.split(jax.random.key(args.seed), 1 - args.tokens // -BLOCK)
     token = llama.sample(key, logits, jnp.float32(args.temperature))
-    print("compiling the decode loop", file=sys.stderr)
+    print("compiling the decode loop, with a cache and without one", file=sys.stderr)
     params = params if args.unroll else stacked
     decode = compile_decode(model, params, state, llama.cached)
     without_cache = compile_decode(model, params, state, llama.skipped)

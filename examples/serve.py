@@ -14,6 +14,7 @@ requests are decoded again, each alone, to show that none of this changed a toke
 """
 
 import argparse
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -265,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     requests = make_requests(model, count, shared, longest)
     server, start = Server(model, config, pages, shares=True), time.perf_counter()
+    print("compiling two steps: one that reads prompts, one that decodes", file=sys.stderr)
     print("  step  tokens/s    rows  waiting    pages   hits  swaps")
     shown = start
     for _ in server.run(requests):
@@ -276,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     firsts = [request.first for request in requests]
     print(f"seconds to the first token: {np.median(firsts):.2f} median, {max(firsts):.2f} at most")
     checked = requests[:: max(1, count // 4)]
+    print(f"decoding {len(checked)} requests again, each alone", file=sys.stderr)
     same = sum(alone(model, config, pages, request) == request.decoded for request in checked)
     print(
         f"{same} of {len(checked)} requests are what they are alone, token by token; steps were "

@@ -11,6 +11,7 @@ where a copy and a wait are part of the contract, is given besides.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the calls, for tests")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    print("compiling, then timing appends and attends in turns", file=sys.stderr)
     found = measure(30 if args.quick else 300)
     if args.json:
         print(json.dumps(found))
