@@ -45,23 +45,29 @@ def run(options: argparse.Namespace) -> None:
         prompt=min(options.prompt, config.max_tokens),
         repeats=options.repeats,
     )
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        **measured(options.preset, config, task, options.compare),
+    }
+    print(json.dumps(found, indent=2) if options.json else table(found, config, task))
+
+
+def measured(
+    name: str, config: jaxkv.KvCacheConfig, task: timing.Task, compare: bool
+) -> dict[str, Any]:
+    """The memory's bandwidth, and the times of each cache with its share of it."""
     bandwidth = timing.bandwidth(task.repeats)
     rows = {
-        name: timing.of_cache(name, cache, task)
-        for name, cache in ((options.preset, config), ("fp16", unquantized(config)))
+        label: timing.of_cache(label, cache, task)
+        for label, cache in ((name, config), ("fp16", unquantized(config)))
     }
-    if options.compare:
+    if compare:
         rows["jax.nn"] = timing.of_jax(config, task)
     for row in rows.values():
         row["GB/s"] = row["bytes"] / row["attend"] / 1e6
         row["share"] = row["GB/s"] / bandwidth
-    found = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "bandwidth": bandwidth,
-        "caches": rows,
-    }
-    print(json.dumps(found, indent=2) if options.json else table(found, config, task))
+    return {"bandwidth": bandwidth, "caches": rows}
 
 
 def unquantized(config: jaxkv.KvCacheConfig) -> jaxkv.KvCacheConfig:

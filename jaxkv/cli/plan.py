@@ -30,6 +30,12 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--mesh", type=_devices, default={}, help="devices that split it: batch=2,heads=4,context=1"
     )
+    _add_auto(command)
+    add_config(command, with_model=True)
+    command.set_defaults(preset=None)
+
+
+def _add_auto(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--auto",
         action="store_true",
@@ -40,8 +46,6 @@ def add_to(commands: Any) -> None:
         type=float,
         help="with --auto: the most that may be lost, as a KL; 0.003 is Q4's, 0 exact",
     )
-    add_config(command, with_model=True)
-    command.set_defaults(preset=None)
 
 
 def _devices(text: str) -> dict[str, int]:
