@@ -312,6 +312,7 @@ def test_negative_counts_inside_jit(state: CacheState, verb: Callable[..., Cache
     np.testing.assert_array_equal(after.status, [Status.OUT_OF_RANGE, Status.OUT_OF_RANGE, 0])
 
 
+@pytest.mark.slow
 def test_lengths_out_of_range_inside_jit(state: CacheState) -> None:
     """Where lengths are seen to be out of range only inside jit, the row stays as it is and says
     so; its queries get zeros."""

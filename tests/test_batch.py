@@ -120,6 +120,7 @@ def test_concatenated_stacks(rng: np.random.Generator) -> None:
     chex.assert_trees_all_equal(joined, jaxkv.init(config, 3, num_layers=3))
 
 
+@pytest.mark.slow
 @over
 def test_continuous_batching(case: Case, tmp_path: Path, rng: np.random.Generator) -> None:
     """Six requests of different lengths through three rows: each ends as if it had been alone,

@@ -22,6 +22,7 @@ def grown(case: Case, more: int = 12) -> jaxkv.KvCacheConfig:
     return dataclasses.replace(config, max_tokens=config.max_tokens + more)
 
 
+@pytest.mark.slow
 @over(GROWN)
 def test_nothing_moves_and_what_follows_is_kept_longer(
     case: Case, rng: np.random.Generator
@@ -55,6 +56,7 @@ def test_what_was_evicted_stays_away(case: Case, rng: np.random.Generator) -> No
     assert (np.asarray(gather(after)[2])[:, before.config.max_tokens :] == -1).all()
 
 
+@pytest.mark.slow
 def test_a_stack_grows() -> None:
     config = jaxkv.KvCacheConfig(4, max_tokens=8, num_kv_heads=2, head_dim=8)
     x = jax.random.normal(jax.random.key(0), (2, 7, 2, 8))

@@ -44,6 +44,7 @@ def assert_same(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_comes_back_bit_for_bit(held: jaxkv.Layers, tmp_path: Path) -> None:
     jaxkv.save(tmp_path / "layers", held)
     assert_same(jaxkv.load_layers(tmp_path / "layers", layers=SPECS, own=LIKE), held)
@@ -58,6 +59,7 @@ def test_layers_that_differ_only_by_their_config(tmp_path: Path) -> None:
     assert_same(jaxkv.load_layers(tmp_path / "layers"), state)
 
 
+@pytest.mark.slow
 def test_what_is_not_what_was_asked_for(held: jaxkv.Layers, tmp_path: Path) -> None:
     jaxkv.save(tmp_path / "layers", held)
     with pytest.raises(ValueError, match=r"own=\[\]: the file has states of layers \[4\]"):

@@ -78,6 +78,7 @@ def test_merge_refuses(outs: Any, lses: Any, sinks: Any, message: str) -> None:
 FULL = KvCacheConfig(4, "fp32", "q8", 12, K, H, sink_tokens=2, rewind_length=2, overflow="refuse")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [None, 2])
 def test_full_rows_refuse(num_layers: int | None) -> None:
     """A row without room for all new tokens stays as it is and says so; its neighbours do not
@@ -102,6 +103,7 @@ def test_full_rows_refuse(num_layers: int | None) -> None:
     assert own(append(state, KEYS[:, :10], np.array([99, 0])).status).tolist() == [8, 0]
 
 
+@pytest.mark.slow
 def test_refused_prompts_attend_to_nothing() -> None:
     """prefill refuses alike; the row's outputs are zeros."""
     state = jaxkv.init(FULL, B)

@@ -65,6 +65,7 @@ POLICIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "tiers"), POLICIES, ids=str)
 @pytest.mark.parametrize("count", [20, 75])
 def test_policy_takes_effect(

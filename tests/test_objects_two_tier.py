@@ -240,6 +240,7 @@ def test_out_of_memory_changes_nothing(
 # No retrace, whatever the number of tokens per append.
 
 
+@pytest.mark.slow
 def test_few_programs_for_many_sizes(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from jaxkv.tiers import allocation
@@ -165,6 +166,7 @@ class Rows(RuleBasedStateMachine):
 
 
 TestRows = Rows.TestCase
+TestRows.pytestmark = pytest.mark.slow  # type: ignore[attr-defined]
 TestRows.settings = hypothesis.settings(max_examples=60, stateful_step_count=50)
 
 

@@ -67,6 +67,7 @@ def test_values_that_do_not_fit(rng: np.random.Generator) -> None:
         jaxkv.append(start(CASES["fp32"]), random_tokens(rng, CASES["fp32"], 5)[0], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latent_q4", "fp16_q4_values24"])
 def test_on_disk_and_in_shards(name: str, tmp_path: pathlib.Path, rng: np.random.Generator) -> None:
     """Files and shards hold what the state holds."""
@@ -95,6 +96,7 @@ def test_on_disk_and_in_shards(name: str, tmp_path: pathlib.Path, rng: np.random
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latent_q4", "fp16_q4_values24"])
 def test_as_an_object(name: str, rng: np.random.Generator) -> None:
     """The object takes and gives values of their own size, flat and shaped, and moves them to
