@@ -40,6 +40,10 @@ import jaxkv
 config = jaxkv.KvCacheConfig(4, max_tokens=16, num_kv_heads=1, head_dim=8)
 state = jaxkv.init(config)
 """,
+    "Many devices": """
+import jax, jaxkv
+config = jaxkv.KvCacheConfig(4, max_tokens=16, num_kv_heads=4, head_dim=8)
+""",
     "The object API": """
 import jaxkv, numpy as np
 keys = values = np.ones((5, 8, 128), np.float32)
