@@ -68,6 +68,7 @@ def test_notebooks_show_the_drawing(state: jaxkv.CacheState) -> None:
     assert layers._repr_html_().count("2 layers") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")  # treescope's own
 def test_treescope_shows_the_tokens(state: jaxkv.CacheState) -> None:
     """Decoded, beside the config and the rows' positions."""
@@ -86,6 +87,10 @@ def test_show_says_what_a_file_holds(
     assert main(["show", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["end"] == [8, 14] and found["stats"]["store_tokens"] == [0, 4]
+    layers = jaxkv.init_layers([state.config, state.config])
+    jaxkv.save(path, layers)
+    assert main(["show", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == jaxkv.draw(layers.stacks[0])
     path.write_bytes(path.read_bytes()[:-1])
     assert main(["show", str(path)]) == 2
     assert "cut short" in capsys.readouterr().err

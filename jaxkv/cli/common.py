@@ -64,6 +64,17 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
+def states_in(path: str) -> list[jaxkv.CacheState]:
+    """The state in a file, or the stacks of the `Layers` in it."""
+    try:
+        return [jaxkv.load(path)]
+    except jaxkv.StorageError as error:
+        try:
+            return list(jaxkv.load_layers(path).stacks)
+        except jaxkv.StorageError:
+            raise error from None  # of a state, the likelier one
+
+
 def in_bytes(text: str) -> int:
     """A size such as 80GB or 24GiB, as an argparse type."""
     number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")

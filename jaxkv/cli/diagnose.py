@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import jaxkv
+from jaxkv.cli.common import states_in
 from jaxkv.diagnose import LOSES
 
 
@@ -26,14 +27,22 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the errors of scores and values; 1 if a layer loses."""
-    found = jaxkv.diagnose(jaxkv.load(options.file))
-    keys, values = (worst(x) for x in (found.key_error, found.value_error))
-    losing = found.losing().tolist()
+    found = [as_dict(state) for state in states_in(options.file)]
     if options.json:
-        print(json.dumps({"key_error": keys, "value_error": values, "losing": losing}, indent=2))
+        print(json.dumps(found[0] if len(found) == 1 else {"stacks": found}, indent=2))
     else:
-        print(table(keys, values, losing))
-    return 1 if losing else 0
+        print("\n\n".join(map(table, found)))
+    return 1 if any(stack["losing"] for stack in found) else 0
+
+
+def as_dict(state: jaxkv.CacheState) -> dict[str, Any]:
+    """Errors by layer, and the layers that lose."""
+    found = jaxkv.diagnose(state)
+    return {
+        "key_error": worst(found.key_error),
+        "value_error": worst(found.value_error),
+        "losing": found.losing().tolist(),
+    }
 
 
 def worst(error: Any) -> list[float]:
@@ -43,8 +52,9 @@ def worst(error: Any) -> list[float]:
     return [round(float(np.nan_to_num(layer, nan=0.0).max()), 4) for layer in layers]
 
 
-def table(keys: list[float], values: list[float], losing: list[int]) -> str:
+def table(found: dict[str, Any]) -> str:
     """For people."""
+    keys, values, losing = (found[name] for name in ("key_error", "value_error", "losing"))
     lines = [f"{'layer':>5}{'scores off by':>15}{'values off by':>15}"]
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         mark = "  loses" if layer in losing else ""

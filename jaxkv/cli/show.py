@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import jaxkv
+from jaxkv.cli.common import states_in
 from jaxkv.view.draw import draw
 
 
@@ -22,16 +23,22 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a saved state's tiers and their counts."""
-    state = jaxkv.load(options.file)
+    """Prints a saved state's tiers and their counts; of `Layers`, each stack's."""
+    states = states_in(options.file)
     if not options.json:
-        print(draw(state))
+        print("\n\n".join(map(draw, states)))
         return
+    found = [as_dict(state) for state in states]
+    print(json.dumps(found[0] if len(found) == 1 else {"stacks": found}, indent=2))
+
+
+def as_dict(state: jaxkv.CacheState) -> dict[str, Any]:
+    """What a program may want to know of a state."""
     counts = {
         field.name: np.asarray(getattr(jaxkv.stats(state), field.name)).tolist()
         for field in dataclasses.fields(jaxkv.KvCacheStats)
     }
-    found = {
+    return {
         "batch_size": state.batch_size,
         "num_layers": state.num_layers,
         "nbytes": jaxkv.nbytes(state),
@@ -40,4 +47,3 @@ def run(options: argparse.Namespace) -> None:
         "status": np.asarray(state.status).tolist(),
         "stats": counts,
     }
-    print(json.dumps(found, indent=2))

@@ -55,7 +55,8 @@ def contents(state: CacheState) -> dict[str, Any]:
     size = config.max_tokens * config.num_kv_heads * config.head_dim * state.batch_size
     if size <= MOST_DECODED:
         layer = None if state.num_layers is None else 0
-        found |= dict(zip(("keys", "values", "positions"), gather(state, layer=layer), strict=True))
+        decoded = jax.jit(gather)(state, layer=layer)
+        found |= dict(zip(("keys", "values", "positions"), decoded, strict=True))
     return found
 
 
