@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW, Array, Case, accumulate, attention_bound, norms, random_tokens, tie_bound
+from cases import Array, Case, accumulate, attention_bound, norms, random_tokens, tie_bound
 
 import jaxkv
 from jaxkv import CacheState, reference
@@ -31,14 +31,18 @@ _attend = jax.jit(jaxkv.attend)
 Contents = tuple[Array, Array, Array]  # keys, values and positions, as `gather` gives them
 
 
+FAST = ("q8", "channel_keys", "bf16_q8_q4_batched_sinks")
+"""What a newcomer's run takes of `cases.FEW`: one tier, keys per channel, all tiers at once."""
+
+
 def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
     """Runs a law over cases; in parallel runs each case stays with one worker, which compiles its
-    programs once for all laws. Cases outside the cross-section `FEW` are slow."""
+    programs once for all laws. Cases outside `FAST` are slow."""
     rows = [
         pytest.param(
             case,
             id=name,
-            marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in FEW)],
+            marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in FAST)],
         )
         for name, case in cases.items()
     ]

@@ -214,6 +214,7 @@ def test_not_an_array(state: CacheState, bad: Any) -> None:
         jaxkv.attend(state, bad)
 
 
+@pytest.mark.slow
 def test_numpy_arrays_are_taken(state: CacheState) -> None:
     """NumPy keys, values and queries do as well as JAX's."""
     new, query = np.ones(GOOD, np.float32), np.ones((BATCH, 2, 4, 16), np.float32)

@@ -198,6 +198,7 @@ def test_attend_is_near_exact_attention(case: Case, rng: np.random.Generator) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_output_has_the_dtype_of_the_query(dtype: Any, rng: np.random.Generator) -> None:
     """Attention is computed in float32 and rounded once; half-precision keys and values are taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import chex
 import jax
 import numpy as np
+import pytest
 from cases import (
     CASES,
     REWINDS,
@@ -147,6 +148,7 @@ def forked_newest(state: CacheState, row: int) -> Array:
     return list(held(gather(state), row).values())[-1]
 
 
+@pytest.mark.slow
 def test_evicted_neighbours_do_not_spoil_a_group() -> None:
     """Tokens evicted before their group was quantized are still there to be quantized with it, in
     every tier."""

@@ -310,6 +310,7 @@ def test_no_context() -> None:
         plan([LayerSpec(kind=Kind.OWN)])
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both kinds of layers in the table, with what is not known; what fits at both lengths."""
     fields = small("brand_new", layer_types=["sliding_attention", "full_attention"] * 6)

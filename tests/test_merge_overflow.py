@@ -34,6 +34,7 @@ def attention(first: int, stop: int, **options: Any) -> tuple[jax.Array, jax.Arr
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(0, 24), (0, 7, 24), (0, 0, 1, 9, 9, 24, 24)], ids=str)
 @pytest.mark.parametrize("sinks", [None, np.linspace(-2, 3, N)], ids=["no_sinks", "sinks"])
 def test_merge(cuts: tuple[int, ...], sinks: Any) -> None:
@@ -115,6 +116,7 @@ def test_refused_prompts_attend_to_nothing() -> None:
         jaxkv.append(state, KEYS[:, :3], VALUES[:, :3])
 
 
+@pytest.mark.slow
 def test_like_the_twin() -> None:
     """Random appends, evictions and rewinds."""
     append, rng = jax.jit(jaxkv.append), np.random.default_rng(1)
@@ -129,6 +131,7 @@ def test_like_the_twin() -> None:
     assert (np.asarray(state.status) == Status.FULL).all()
 
 
+@pytest.mark.slow
 def test_evictions_can_be_counted() -> None:
     """Under "evict", `begin` says how many tokens have gone."""
     config = KvCacheConfig(4, "fp32", "q8", 12, K, H, sink_tokens=2, overflow=Overflow.EVICT)
@@ -137,6 +140,7 @@ def test_evictions_can_be_counted() -> None:
     assert not np.asarray(state.status).any()
 
 
+@pytest.mark.slow
 def test_objects_refuse() -> None:
     """As an error, before anything is changed; a policy with less room keeps the newest."""
     cache = TwoTierKvCache(FULL)

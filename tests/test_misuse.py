@@ -43,6 +43,7 @@ def stack() -> CacheState:
 # Rows.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [3, -1, 2**31 - 1, -(2**31)])
 def test_a_row_that_does_not_exist_is_taken_empty(state: CacheState, bad: int) -> None:
     """Inside jit it becomes an empty row with a status; the rows beside it are the ones asked
@@ -57,6 +58,7 @@ def test_a_row_that_does_not_exist_is_taken_empty(state: CacheState, bad: int) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [1, np.array([0, 2]), np.array([False, True, True]), np.array([], np.int32)], ids=str
 )
@@ -97,6 +99,7 @@ def test_clear_refuses_rows(state: CacheState) -> None:
 # Layers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [2, -1, 2**31 - 1, -(2**31)])
 def test_a_layer_that_does_not_exist(stack: CacheState, bad: int) -> None:
     """Traced, it takes no tokens and shows none, and the nearest layer's status says so; concrete,
@@ -123,6 +126,7 @@ def test_a_layer_that_does_not_exist(stack: CacheState, bad: int) -> None:
     assert (np.asarray(lse) == -np.inf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [int, np.int64, np.uint8, np.array, jnp.int32, jnp.uint8])
 def test_layers_of_all_kinds(stack: CacheState, kind: Callable[[int], Any]) -> None:
     """Python's, NumPy's and JAX's integers name the same layer, and are refused alike."""
