@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxkv import drop
-from jaxkv.config import KvCacheConfig, Overflow
+from jaxkv.config import KvCacheConfig
 from jaxkv.gather import gather as gather_whole
 from jaxkv.sharding import Axes, check_divides, shardings, share, size, specs
 from jaxkv.state import CacheState
@@ -64,39 +64,43 @@ def init(
     `jaxkv.init`.
 
     Raises:
-      ValueError: sizes that do not divide (see `sharding.share`), or `overflow="refuse"`, which no
-        device can decide alone.
+      ValueError: sizes that do not divide (see `sharding.share`).
     """
-    if config.overflow is Overflow.REFUSE:
-        raise ValueError("overflow='refuse': shards evict; make the config with overflow='evict'")
     check_divides("batch_size", batch_size, mesh, axes.batch)
     part, parts = share(config, mesh, axes), size(mesh, axes.context)
-    heads_axis = 1 if num_layers is None else 2
-
-    def per_device(leaf: jax.Array) -> jax.Array:
-        # What all heads share (the units of two-level scales), all heads of one device share.
-        return (
-            jnp.repeat(leaf, size(mesh, axes.heads), heads_axis)
-            if leaf.shape[heads_axis] < config.num_kv_heads
-            else leaf
-        )
+    heads = size(mesh, axes.heads)
 
     def allocate(means: dict[str, jax.Array]) -> Shards:
-        all_heads = dataclasses.replace(part, num_kv_heads=config.num_kv_heads)
-        cache = dataclasses.replace(
-            init_whole(all_heads, batch_size, num_layers, **means), config=part
-        )
-        sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
-        cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
-        return Shards(
-            jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache),
-            jnp.zeros_like(cache.end),
-            axes,
-        )
+        return empty(part, batch_size, num_layers, axes, heads, parts, **means)
 
     return jax.jit(allocate, out_shardings=shardings(jax.eval_shape(allocate, means).specs, mesh))(
         means
     )
+
+
+def empty(
+    part: KvCacheConfig,
+    batch_size: int,
+    num_layers: int | None,
+    axes: Axes,
+    heads: int,
+    parts: int,
+    **means: jax.Array,
+) -> Shards:
+    """The arrays of `init`, where kv heads are split among `heads` devices and positions among
+    `parts`; `part` is one device's share."""
+    axis = 1 if num_layers is None else 2
+    all_heads = dataclasses.replace(part, num_kv_heads=part.num_kv_heads * heads)
+
+    def per_device(leaf: jax.Array) -> jax.Array:
+        # What all heads share (the units of two-level scales), all heads of one device share.
+        return jnp.repeat(leaf, heads, axis) if leaf.shape[axis] < all_heads.num_kv_heads else leaf
+
+    cache = dataclasses.replace(init_whole(all_heads, batch_size, num_layers, **means), config=part)
+    sinks, tiers = jax.tree.map(per_device, (cache.sinks, cache.tiers))
+    cache = dataclasses.replace(cache, sinks=sinks, tiers=tiers)
+    dealt = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (parts, *leaf.shape)), cache)
+    return Shards(dealt, jnp.zeros_like(cache.end), axes)
 
 
 def clear(shards: Shards, rows: ArrayLike | None = None) -> Shards:

@@ -6,7 +6,8 @@ complete smaller cache where p is position p // C. All devices are then equally 
 tokens migrate and are evicted without leaving their device; and every tier of the whole holds the
 tokens that it would hold on one device (batched migration: each device's boundary, less than a
 batch apart). An `attend` runs over each device's own tokens and merges the partial results once
-(`softmax.merge_over`), the only communication there is. (vLLM's decode context parallelism deals
+(`softmax.merge_over`), the only communication there is but for a flag where full rows are to be
+refused. (vLLM's decode context parallelism deals
 out positions in the same way.)
 """
 
@@ -14,27 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxkv import drop, softmax, update
-from jaxkv.attend import (
-    check_room,
-    finish,
-    raw_segments,
-    scoring_of,
-    seen_singly,
-)
-from jaxkv.checks import as_counts, as_layer, check_new_tokens, check_query, in_range
+from jaxkv import drop, update
+from jaxkv.attend import check_room, raw_segments, seen_singly
+from jaxkv.checks import as_counts, as_layer, check_either, check_new_tokens, in_range
 from jaxkv.dealing import Deal, Shards, clear, concatenate, gather, init, stats
-from jaxkv.kernels.dispatch import Implementation
-from jaxkv.kernels.segments import Parts, over_segments
-from jaxkv.scoring import Scoring
-from jaxkv.softmax import Partial
+from jaxkv.dealt import Attention
+from jaxkv.dealt_files import load, save
+from jaxkv.padding import Padding
 from jaxkv.state import CacheState, segments
 from jaxkv.status import Status, flagged
 from jaxkv.tiers.place import Index
@@ -47,10 +41,13 @@ __all__ = [
     "clear",
     "concatenate",
     "evict",
+    "extend",
     "gather",
     "init",
+    "load",
     "prefill",
     "rewind",
+    "save",
     "stats",
 ]
 
@@ -61,29 +58,58 @@ def append(
     values: jax.Array | None,
     lengths: ArrayLike | None = None,
     *,
+    valid: ArrayLike | None = None,
     layer: Index = None,
 ) -> Shards:
-    """`jaxkv.append`. Tokens are split by `Axes.tokens`, lengths by `Axes.rows`; of what it gets, a
-    device keeps its own positions."""
+    """`jaxkv.append`. Tokens and `valid` are split by `Axes.tokens`, lengths by `Axes.rows`; of
+    what it gets, a device keeps its own positions. What is refused, all devices refuse."""
     deal = Deal.of(shards)
-    layer, exists = as_layer(layer, deal.cache.num_layers)
     config = deal.cache.config
     sides = check_new_tokens(
         keys, values, deal.cache.batch_size, config.num_kv_heads, config.side_dims
     )
-    given = as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1])
-    count = in_range(given, keys.shape[1], exists)
+    if valid is not None:
+        check_either(lengths, valid)
+        padding = Padding.of(valid, deal.cache.batch_size, keys.shape[1])
+        sides, lengths = tuple(map(padding.together, sides)), padding.lengths
+    count, refused = _taken(shards, deal, lengths, sides[0].shape[1], layer)
+    layer, _ = as_layer(layer, deal.cache.num_layers)
     end = shards.end if layer is None else shards.end[layer]
-    own = deal.below(end + count) - deal.below(end)
     parts = [deal.own(side, end) for side in sides]
-    values = parts[1] if len(parts) > 1 else None
-    cache = update.append(deal.cache, parts[0], values, own, layer=layer)
-    if lengths is not None or exists is not True:
-        refused = flagged(cache.refused, given != count, Status.OUT_OF_RANGE, layer)
-        cache = dataclasses.replace(cache, refused=refused)
+    cache = update.append(
+        dataclasses.replace(deal.cache, refused=refused),
+        parts[0],
+        parts[1] if len(parts) > 1 else None,
+        deal.below(end + count) - deal.below(end),
+        layer=layer,
+    )
     return _dealt(
         shards, cache, end + count if layer is None else shards.end.at[layer].set(end + count)
     )
+
+
+def _taken(
+    shards: Shards, deal: Deal, lengths: ArrayLike | None, size: int, layer: Index
+) -> tuple[jax.Array, jax.Array]:
+    """How many of `size` new tokens each row takes, [B], the same on all devices; and the status
+    bits of what is refused."""
+    cache = deal.cache
+    layer, exists = as_layer(layer, cache.num_layers)
+    given = as_counts("lengths", lengths, cache.batch_size, size)
+    count = in_range(given, size, exists)
+    end, local, kept = (
+        x if layer is None else x[layer] for x in (shards.end, cache.end, cache.kept)
+    )
+    refused = flagged(cache.refused, given != count, Status.OUT_OF_RANGE, layer)
+    beyond = update.beyond(end, count)
+    refused = flagged(refused, beyond, Status.OUT_OF_POSITIONS, layer)
+    count = jnp.where(beyond, 0, count)
+    own = deal.below(end + count) - deal.below(end)
+    full = update.overflows(cache.config, local, kept, own)
+    if full is None:
+        return count, refused
+    full = deal.total(full.astype(jnp.int32)) > 0  # one device is, if and only if the whole is
+    return jnp.where(full, 0, count), flagged(refused, full, Status.FULL, layer)
 
 
 def attend(
@@ -97,6 +123,19 @@ def attend(
     **options: Any,
 ) -> Any:
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
+    return _attend(shards, query, lengths, None, layer, return_lse, scale, options)
+
+
+def _attend(
+    shards: Shards,
+    query: jax.Array,
+    lengths: ArrayLike | None,
+    padding: Padding | None,
+    layer: Index,
+    return_lse: bool,
+    scale: ArrayLike | None,
+    options: dict[str, Any],
+) -> Any:
     deal = Deal.of(shards)
     layer, exists = as_layer(layer, deal.cache.num_layers)
     count = in_range(
@@ -106,7 +145,7 @@ def attend(
     first = (
         end - count if options.get("causal", True) else jnp.maximum(end - count, 0)
     )  # more queries than tokens see all of these
-    attention = _Attention.of(deal, query, first, count, scale, options)
+    attention = Attention.of(deal, query, first, count, scale, options, padding)
     causal, size = attention.scoring.causal, attention.query.shape[1]
     check_room(deal.cache.config, attention.scoring, size, deal.parts)
 
@@ -117,40 +156,76 @@ def attend(
     return attention.merged([attention.over(held)], return_lse)
 
 
+def extend(
+    shards: Shards,
+    query: jax.Array,
+    keys: jax.Array | None,
+    values: jax.Array | None,
+    valid: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    layer: Index = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> tuple[Shards, Any]:
+    """`jaxkv.extend`; `valid` is split by `Axes.tokens`. Each device attends to its own part of the
+    raw tokens too."""
+    check_either(lengths, valid)
+    padding = None
+    if valid is not None:
+        padding = Padding.of(valid, *jnp.shape(query)[:2])
+        query, lengths = padding.together(query), padding.lengths
+        keys, values = (x if x is None else padding.together(x) for x in (keys, values))
+    after, taken = shards, cast(Any, lengths)
+    if keys is not None:
+        after = append(shards, keys, values, lengths, layer=layer)
+        taken, _ = _taken(shards, Deal.of(shards), lengths, keys.shape[1], layer)
+    if keys is None or keys.shape[1] == 1:
+        out = _attend(after, query, taken, padding, layer, return_lse, scale, options)
+    else:
+        sides = tuple(side for side in (keys, values) if side is not None)
+        out = _of_prompt(shards, query, sides, taken, padding, layer, return_lse, scale, options)
+    return after, out if padding is None else jax.tree.map(padding.apart, out)
+
+
 def prefill(
     shards: Shards,
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array | None,
     lengths: ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    layer: Index = None,
-    return_lse: bool = False,
     **options: Any,
 ) -> tuple[Shards, Any]:
-    """`jaxkv.prefill`. Each device attends to its own part of the raw tokens too."""
+    """`extend` with the lengths of the rows."""
+    return extend(shards, query, keys, values, lengths=lengths, **options)
+
+
+def _of_prompt(
+    shards: Shards,
+    query: jax.Array,
+    sides: tuple[jax.Array, ...],
+    count: jax.Array,
+    padding: Padding | None,
+    layer: Index,
+    return_lse: bool,
+    scale: ArrayLike | None,
+    options: dict[str, Any],
+) -> Any:
+    """Attention over raw tokens, `count` [B] of each row, and over all that is held without
+    them."""
     deal = Deal.of(shards)
-    after = append(shards, keys, values, lengths, layer=layer)
-    if keys.shape[1] == 1:
-        options |= {"scale": scale, "lengths": lengths, "layer": layer, "return_lse": return_lse}
-        return after, attend(after, query, **options)
-    layer, exists = as_layer(layer, deal.cache.num_layers)
-    count = in_range(
-        as_counts("lengths", lengths, deal.cache.batch_size, keys.shape[1]), keys.shape[1], exists
-    )
+    config, (layer, _) = deal.cache.config, as_layer(layer, deal.cache.num_layers)
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
-    config = deal.cache.config
-    sides = tuple(deal.own(side, end) for side in (keys, values) if side is not None)
-    new = raw_segments(config, sides, stop - first, first)
-    attention = _Attention.of(deal, query, end, count, scale, options)
+    new = raw_segments(config, tuple(deal.own(x, end) for x in sides), stop - first, first)
+    attention = Attention.of(deal, query, end, count, scale, options, padding)
 
     def seen(at: jax.Array) -> list[Segment]:
         parts = [*segments(deal.cache, layer), *new]
         return [seen_singly(config, part, deal.below(at + 1)) for part in parts]
 
-    return after, attention.merged([attention.over(seen)], return_lse)
+    return attention.merged([attention.over(seen)], return_lse)
 
 
 def evict(shards: Shards, count: ArrayLike) -> Shards:
@@ -189,70 +264,3 @@ def _drop(
 
 def _dealt(shards: Shards, cache: CacheState, end: jax.Array) -> Shards:
     return dataclasses.replace(shards, cache=jax.tree.map(lambda leaf: leaf[None], cache), end=end)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Dealt(Scoring):
-    """Scoring of keys that are given by their position on this device."""
-
-    deal: Deal
-
-    def reach(self, query: jax.Array, sink_tokens: int) -> tuple[jax.Array, jax.Array]:
-        oldest, newest = super().reach(query, sink_tokens)
-        return self.deal.below(oldest), newest
-
-    def visible(self, query: jax.Array, key: jax.Array, sink_tokens: int) -> jax.Array:
-        return super().visible(query, self._whole(key), sink_tokens * self.deal.parts)
-
-    def adjust(self, scores: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
-        return super().adjust(scores, query, self._whole(key))
-
-    def _whole(self, position: jax.Array) -> jax.Array:
-        return position * self.deal.parts + self.deal.part
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attention:
-    """Attention of queries [B, T, N, H] at `position` [B, T] over what all devices hold."""
-
-    deal: Deal
-    query: jax.Array
-    position: jax.Array
-    scoring: Scoring
-
-    @classmethod
-    def of(
-        cls,
-        deal: Deal,
-        query: jax.Array,
-        first: jax.Array,
-        count: jax.Array,
-        scale: ArrayLike | None,
-        options: dict[str, Any],
-    ) -> _Attention:
-        config = deal.cache.config
-        query = check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
-        index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-        position = jnp.where(index < count[:, None], first[:, None] + index, -1)
-        return cls(
-            deal,
-            query,
-            position,
-            _Dealt(**vars(scoring_of(config, query, scale, options)), deal=deal),
-        )
-
-    def over(self, parts: Parts) -> Partial:
-        """Over segments of this device."""
-        # The GPU kernel takes positions as they are; dealt out, they are for `_Dealt` to interpret.
-        implementation: Implementation = "xla" if self.deal.parts > 1 else None
-        sink_tokens = self.deal.cache.config.sink_tokens if self.scoring.window_sinks else 0
-        return over_segments(
-            parts, self.query, self.position, self.scoring, sink_tokens, implementation
-        )
-
-    def merged(self, partials: list[Partial], return_lse: bool) -> Any:
-        """Over the tokens of all devices: outputs like the query."""
-        merged = softmax.merge(partials)
-        if self.deal.axis is not None:
-            merged = softmax.merge_over(self.deal.axis, merged)
-        return finish([merged], self.scoring, self.query, return_lse)

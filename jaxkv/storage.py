@@ -119,7 +119,7 @@ def read(
     rows: int | Sequence[int] | None = None,
 ) -> CacheState:
     """A state of a file, as it is described there, whose arrays' names begin with `prefix`."""
-    held, batch_size, num_layers = _described(file, description)
+    held, batch_size, num_layers = described(file, description)
     _check_config(file.path, held, config)
     try:
         whole = jax.eval_shape(lambda: init(held, batch_size, num_layers))
@@ -132,7 +132,7 @@ def read(
         raise StorageError(f"{file.path} has positions that no verb leaves: save the state anew")
     taken, axis = chosen(rows, batch_size), end.ndim - 1
     wanted = jax.eval_shape(lambda: init(held, len(taken), num_layers))
-    _check_memory(file.path, wanted)
+    check_memory(file.path, wanted)
 
     def array(where: Any, stored: Any, full: Any) -> jax.Array:
         found = file.array(prefix + _name(where), stored.shape, stored.dtype)
@@ -160,12 +160,7 @@ def description_of(state: CacheState) -> dict[str, Any]:
 def arrays_of(state: CacheState) -> dict[str, np.ndarray]:
     """The state's arrays by name, without the slots at the end of a ring that have never been
     written."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    if not all(leaf.is_fully_addressable for _, leaf in leaves if isinstance(leaf, jax.Array)):
-        raise ValueError(
-            "the state is spread over several hosts: save it with a checkpoint library, such as "
-            "Orbax"
-        )
+    leaves = leaves_by_name(state)
     end, lost = (np.asarray(leaf) for leaf in _positions(state).values())
     sound = ring.is_sound(state.config, end, lost)
     if not sound.all():
@@ -175,9 +170,24 @@ def arrays_of(state: CacheState) -> dict[str, np.ndarray]:
         )
     stored = jax.tree.leaves(_trimmed(state, end))
     return {
-        _name(where): np.ascontiguousarray(np.asarray(leaf)[tuple(map(slice, part.shape))])
-        for (where, leaf), part in zip(leaves, stored, strict=True)
+        name: np.ascontiguousarray(np.asarray(leaf)[tuple(map(slice, part.shape))])
+        for (name, leaf), part in zip(leaves.items(), stored, strict=True)
     }
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """A tree's arrays, or their shapes, by path.
+
+    Raises:
+      ValueError: some are on other hosts.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not all(leaf.is_fully_addressable for _, leaf in leaves if isinstance(leaf, jax.Array)):
+        raise ValueError(
+            "the state is spread over several hosts: save it with a checkpoint library, such as "
+            "Orbax"
+        )
+    return {_name(where): leaf for where, leaf in leaves}
 
 
 def _positions(state: CacheState) -> dict[str, Any]:
@@ -208,7 +218,7 @@ def _name(where: Any) -> str:
     return jax.tree_util.keystr(where, simple=True, separator="/")
 
 
-def _check_memory(path: str, wanted: CacheState) -> None:
+def check_memory(path: str, wanted: Any) -> None:
     """Refuses a state that takes more memory than the machine has, where that can be known."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -228,7 +238,7 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _described(file: SignedFile, description: Any) -> tuple[KvCacheConfig, int, int | None]:
+def described(file: SignedFile, description: Any) -> tuple[KvCacheConfig, int, int | None]:
     """The config, rows and layers of a file, if they mean here what they meant there."""
     try:
         fields = dict(description["config"])

@@ -86,11 +86,11 @@ def append(
     given = as_counts("lengths", lengths, state.batch_size, size)
     count = in_range(given, size, exists)
     end, kept = (state.end, state.kept) if layer is None else (state.end[layer], state.kept[layer])
-    beyond = _beyond(end, count)
-    refused = flagged(state.refused, beyond, Status.OUT_OF_POSITIONS, layer)
+    past = beyond(end, count)
+    refused = flagged(state.refused, past, Status.OUT_OF_POSITIONS, layer)
     if lengths is not None or exists is not True:
-        refused = flagged(refused, (given != count) & ~beyond, Status.OUT_OF_RANGE, layer)
-    count = jnp.where(beyond, 0, count)
+        refused = flagged(refused, (given != count) & ~past, Status.OUT_OF_RANGE, layer)
+    count = jnp.where(past, 0, count)
     full = overflows(config, end, kept, count)
     if full is not None:
         refused, count = flagged(refused, full, Status.FULL, layer), jnp.where(full, 0, count)
@@ -156,15 +156,15 @@ def _append(
     )
 
 
-def _beyond(end: jax.Array, count: jax.Array) -> jax.Array:
+def beyond(end: jax.Array, count: jax.Array) -> jax.Array:
     """Rows [B] whose positions would leave int32; raises if that can be seen now."""
-    beyond = count > ring.MOST - end
-    if is_concrete(beyond) and bool(np.any(beyond)):
+    past = count > ring.MOST - end
+    if is_concrete(past) and bool(np.any(past)):
         raise ValueError(
             f"rows end at {np.asarray(end).tolist()}: {int(np.max(count))} more tokens would pass "
             f"the last position, {ring.MOST - 1}; clear the row, or start a new one"
         )
-    return beyond
+    return past
 
 
 def overflows(
