@@ -18,8 +18,8 @@ from jax.sharding import AxisType
 from laws import assert_same, assert_within, exact_attention, extend, given, over, start
 
 import jaxkv
-from jaxkv import KvCacheConfig, shards
-from jaxkv.kernels import dispatch, flash, platform
+from jaxkv import KvCacheConfig, platform, shards
+from jaxkv.kernels import dispatch, flash
 from jaxkv.sharding import Axes
 
 pytestmark = pytest.mark.slow

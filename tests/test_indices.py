@@ -15,8 +15,7 @@ from jax import lax
 from jax.extend import core
 
 import jaxkv
-from jaxkv import CacheState, KvCacheConfig
-from jaxkv.kernels import platform
+from jaxkv import CacheState, KvCacheConfig, platform
 
 pytestmark = pytest.mark.slow
 

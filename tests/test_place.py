@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv import platform
 from jaxkv.config import LANES
-from jaxkv.kernels import platform
 from jaxkv.tiers.place import Run, scatter, windows
 
 pytestmark = pytest.mark.slow

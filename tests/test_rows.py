@@ -19,9 +19,9 @@ from jax.sharding import AxisType
 from laws import assert_within, exact_attention, extend, over, start
 
 import jaxkv
-from jaxkv import shards
+from jaxkv import platform, shards
 from jaxkv.config import LANES
-from jaxkv.kernels import platform, xla
+from jaxkv.kernels import xla
 from jaxkv.sharding import Axes
 from jaxkv.state import segments
 

@@ -11,7 +11,8 @@ import jax
 from jaxlib.version import __version__ as jaxlib_version
 
 import jaxkv
-from jaxkv.kernels import dispatch, platform
+from jaxkv import platform
+from jaxkv.kernels import dispatch
 from jaxkv.scoring import Scoring
 from jaxkv.state import segments
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.codec.arithmetic import alone, nearest
+from jaxkv.codec.arithmetic import alone, nearest, quotient
 from jaxkv.codec.pack import pack, unpack
 from jaxkv.codec.scales import (
     LEAST,
@@ -85,7 +85,10 @@ def _two_level(scale: jax.Array, zero_point: jax.Array) -> tuple[list[Any], list
     """Scales and zero points [B, T, K, n, 1] as small integers, their units per token, and what
     both come to."""
     units = [_unit(scale, 255), _unit(zero_point, 127)]
-    whole = [nearest(scale / units[0], 1, 255), nearest(zero_point / units[1], -127, 127)]
+    whole = [
+        nearest(quotient(scale, units[0]), 1, 255),
+        nearest(quotient(zero_point, units[1]), -127, 127),
+    ]
     wide = [a.astype(jnp.float32) * unit for a, unit in zip(whole, units, strict=True)]
     stored = [whole[0].astype(jnp.uint8), whole[1].astype(jnp.int8)]
     return stored, [stored_scale(unit) for unit in units], wide
@@ -114,7 +117,7 @@ def _best_range(
     widest = _scale_of(low, extent * (1 / spec.levels))
     shorter = _scale_of(low, extent * ((1 - 2 * cut) / spec.levels)), low + alone(extent * cut)
     unit = extent * 2.0**-12
-    whole = nearest((x - low) / jnp.where(extent > LEAST, unit, 1.0), 0, 2**12)
+    whole = nearest(quotient(x - low, jnp.where(extent > LEAST, unit, 1.0)), 0, 2**12)
     sum_whole = _total(whole)
 
     def attempt(index: jax.Array, found: tuple[_Fit, _Range]) -> tuple[_Fit, _Range]:
@@ -124,7 +127,7 @@ def _best_range(
         zero = as_zero(start, scale)
         codes = _codes(spec, x, scale, scale * zero)
         missed = x - (codes.astype(jnp.float32) * scale + scale * zero)
-        missed = nearest(missed * (64 / widest), -1024, 1024)
+        missed = nearest(missed * quotient(jnp.float32(64), widest), -1024, 1024)
         error, *sums = map(_total, (missed * missed, codes, codes * whole, codes * codes))
         new, is_better = (scale, zero, error, *sums), (index == 0) | (error < best[2])
         best = tuple(jnp.where(is_better, n, o) for n, o in zip(new, best, strict=True))
@@ -163,16 +166,15 @@ def _fit(
     rest = (sum_codes - mean * size).astype(jnp.float32) * (1 / size)
     total, total_whole = sum_codes.astype(jnp.float32), sum_whole.astype(jnp.float32)
     spread = (sum_squares - mean * sum_codes).astype(jnp.float32) - alone(rest * total)
-    slope = (
-        (sum_both - mean * sum_whole).astype(jnp.float32) - alone(rest * total_whole)
-    ) / jnp.where(spread > 0, spread, 1.0)
+    both = (sum_both - mean * sum_whole).astype(jnp.float32) - alone(rest * total_whole)
+    slope = quotient(both, jnp.where(spread > 0, spread, 1.0))
     fitted = jnp.where((spread > 0) & (slope > 0), _scale_of(low, slope * unit), scale)
     shift = alone((alone(total_whole * unit) - alone(fitted * total)) * (1 / size))
     return fitted, low + shift
 
 
 def _codes(spec: QuantSpec, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    return nearest((x - zero_point) / scale, 0, spec.levels)
+    return nearest(quotient(x - zero_point, scale), 0, spec.levels)
 
 
 def dequantize(spec: QuantSpec, q: Quantized) -> jax.Array:

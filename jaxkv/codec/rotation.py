@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxkv.codec.arithmetic import alone, halves, tree_sum
+from jaxkv.codec.arithmetic import alone, as_float16, halves, quotient, root, tree_sum
 from jaxkv.codec.scales import LEAST
 
 
@@ -54,12 +54,12 @@ def mirror_of(mean: jax.Array) -> jax.Array:
     """
     most = jnp.max(jnp.abs(mean), axis=-1, keepdims=True)
     whole = jnp.round(
-        mean * (127 / jnp.where(most > LEAST, most, 1.0))
+        mean * quotient(jnp.float32(127), jnp.where(most > LEAST, most, 1.0))
     )  # small integers: sums of their squares are exact
-    norm = jnp.sqrt(jnp.sum(whole * whole, axis=-1, keepdims=True))
+    norm = root(jnp.sum(whole * whole, axis=-1, keepdims=True))
     side = jnp.where(jnp.sum(whole, axis=-1, keepdims=True) < 0, -1.0, 1.0)
-    v = side * whole / jnp.where(norm > 0, norm, 1.0) - mean.shape[-1] ** -0.5
-    return jnp.where(norm > 0, v.astype(jnp.float16).astype(jnp.float32), 0.0)
+    v = quotient(side * whole, jnp.where(norm > 0, norm, 1.0)) - mean.shape[-1] ** -0.5
+    return jnp.where(norm > 0, as_float16(v), 0.0)
 
 
 def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
@@ -78,4 +78,4 @@ def reflect(x: jax.Array, v: jax.Array) -> jax.Array:
 
 def _per_square(v: jax.Array) -> jax.Array:
     square = tree_sum(v * v, -1)
-    return jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
+    return jnp.where(square > 0, quotient(jnp.float32(2), jnp.where(square > 0, square, 1.0)), 0.0)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv.codec.arithmetic import as_float16, quotient
+
 SCALE_DTYPE = jnp.uint16
 ZERO_DTYPE = jnp.float16
 
@@ -64,7 +66,7 @@ def widened_scale(stored: jax.Array) -> jax.Array:
 def as_zero(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Float32 in scales, as it will be stored, in float32."""
     most = float(jnp.finfo(ZERO_DTYPE).max)
-    return jnp.clip(x / scale, -most, most).astype(ZERO_DTYPE).astype(jnp.float32)
+    return as_float16(jnp.clip(quotient(x, scale), -most, most))
 
 
 def widened(q: Scaled) -> tuple[jax.Array, jax.Array | None]:

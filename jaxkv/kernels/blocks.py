@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv import platform
 from jaxkv.formats import Format, channel_group
-from jaxkv.kernels import platform
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.tokens import SCALES, Tokens
 

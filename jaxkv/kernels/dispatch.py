@@ -8,19 +8,22 @@ adds to JAX.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv import platform
 from jaxkv.config import TierSpec
 from jaxkv.formats import Format, QuantSpec
-from jaxkv.kernels import platform, xla
+from jaxkv.kernels import xla
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.tiers import tokens
+from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index, Run, scatter, windows
 from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens
@@ -37,6 +40,7 @@ READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 
 def partial_attention(
     part: Segment,
+    basis: Basis,
     query: jax.Array,
     unit: jax.Array,
     visible: Visible,
@@ -49,8 +53,8 @@ def partial_attention(
     sink_tokens: int,
     implementation: Implementation = None,
 ) -> Partial:
-    """`xla.partial_attention` by the implementation asked for; the arguments up to `layer` are its
-    own.
+    """`xla.partial_attention` by the implementation asked for, whose result `basis`, that of the
+    values, turns back; the other arguments up to `layer` are its own.
 
     Args:
       position: [B, T] int32 of the queries, -1 where a query sees nothing.
@@ -64,13 +68,14 @@ def partial_attention(
     check_implementation(implementation)
 
     def portable(query: jax.Array) -> Partial:
-        return xla.partial_attention(part, query, unit, visible, adjust, newest, layer)
+        codes = xla.partial_attention(part, query, unit, visible, adjust, newest, layer)
+        return in_tokens_basis(basis, codes)
 
     def kernel(query: jax.Array) -> Partial:
         from jaxkv.kernels import pallas_gpu
 
         return pallas_gpu.partial_attention(
-            part, query, unit, limits(position, scoring, sink_tokens, query, part), layer
+            part, query, unit, limits(position, scoring, sink_tokens, query, part), layer, basis
         )
 
     if implementation == "xla":
@@ -88,6 +93,24 @@ def partial_attention(
     return (
         portable(query) if reason else lax.platform_dependent(query, cuda=kernel, default=portable)
     )
+
+
+def turned_query(basis: Basis, query: jax.Array, implementation: Implementation) -> jax.Array:
+    """`Basis.query` by the implementation asked for."""
+    if implementation == "xla" or platform.no_gpu():
+        return basis.query(query)
+    from jaxkv.kernels import pallas_turns
+
+    if not basis.turns or pallas_turns.refusal(query.shape[-1]):
+        return basis.query(query)
+    kernel = functools.partial(pallas_turns.query, basis)
+    found: jax.Array = lax.platform_dependent(query, cuda=kernel, default=basis.query)
+    return found
+
+
+def in_tokens_basis(basis: Basis, codes: Partial) -> Partial:
+    """Sums of values as a tier stores them, back among raw tokens."""
+    return dataclasses.replace(codes, out=basis.output(codes.out, codes.sum))
 
 
 def check_implementation(implementation: Any) -> None:

@@ -110,6 +110,10 @@ class Side:
     head_dim: int
 
     @property
+    def bits(self) -> int:
+        return self.fmt.bits if isinstance(self.fmt, QuantSpec) else 16
+
+    @property
     def size(self) -> int:
         return self.head_dim
 

@@ -13,45 +13,46 @@ attention by 2**-8.
 
 The backend is Pallas-Triton. A decoding query is too few rows for Hopper's warpgroup products, the
 reason to write for Mosaic GPU, and Triton pipelines the loads, unpacks in registers and runs on
-every NVIDIA GPU since Ampere. JAX deprecated it in 0.11 (it works in 0.12); `on_triton` is the one
-place that knows it, besides masked loads and stores.
+every NVIDIA GPU since Ampere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
+from jaxkv.kernels import pallas_turns
 from jaxkv.kernels.pallas_codes import padded, side
 from jaxkv.kernels.pallas_kernel import Plan, kernel
+from jaxkv.kernels.triton import on_triton
 from jaxkv.softmax import Partial
+from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment, Tier
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the work is cut, and what the compiler is told. The defaults are for Hopper, chosen by
-    the machine code (see `warps`)."""
+    """How the work is cut, and what the compiler is told. The defaults are for Hopper."""
 
     slots: int = 64  # of a block, a power of two
     rows: int = 16  # queries of a program at most: twice as many spill registers
-    programs: int = 132 * 4  # at once: multiprocessors times what fits on one
-    num_warps: int = 2  # of a program with up to 8 queries and heads of up to 128
+    programs: int = 132 * 4  # of up to four warps at once: multiprocessors times what fits on one
     num_stages: int = 3
+    num_warps: int | None = None  # of a program; None: `warps`
 
-    def warps(self, rows: int, head_dim: int) -> int:
-        """Two warps need 42 instructions a token and head of 128 4-bit codes, four need 54; more
-        rows or elements would spill."""
-        return self.num_warps * (2 if rows > 8 or head_dim > 128 else 1)
+    def warps(self, rows: int, head_dim: int, bits: int) -> int:
+        """By measurement (H200, batches of 16 by 8,192 tokens): 4-bit codes take 0.9 of the time
+        with four warps, 2-bit codes 0.45 to 0.8 with one; more rows or elements than 8 and 128
+        would spill in fewer than twice as many."""
+        few = {2: 1, 4: 4}.get(bits, 2)
+        doubled = few * (2 if rows > 8 or head_dim > 128 else 1)
+        return self.num_warps or min(doubled, 4)
 
 
 TUNING = Tuning()
@@ -73,6 +74,7 @@ def partial_attention(
     unit: jax.Array,
     limits: Limits,
     layer: Index,
+    basis: Basis | None = None,
     *,
     tuning: Tuning | None = None,
     interpret: bool = False,
@@ -80,7 +82,7 @@ def partial_attention(
     """Attention of queries [B, K, R, H] float32 in multiples of unit [B, K, R, 1] over the tokens
     of one tier, as `xla.partial_attention`: a Partial [B, K, R].
 
-    Queries and result are in the basis of the codes.
+    Queries are in the basis of the codes; the result is what `basis` makes of it, None: as it is.
     """
     spec, (b, k, r, h), tuning = part.spec, query.shape, tuning or TUNING
     rows = min(max(8, 1 << (r - 1).bit_length()), tuning.rows)
@@ -101,11 +103,18 @@ def partial_attention(
     )
     small = *_bounds(part, limits, layer), query, unit[..., 0]
     partials = _call(plan, small, part.tier, tuning, interpret)
-    return Partial(
+    if not pallas_turns.refusal(h):
+        return pallas_turns.merged(plan.value, basis, partials, r, interpret=interpret)
+    found = Partial(
         *(
             x.reshape(b, k, chunks * rows, *x.shape[3:])[:, :, :r]
             for x in _over_splits(plan, *partials)
         )
+    )
+    return (
+        found
+        if basis is None
+        else dataclasses.replace(found, out=basis.output(found.out, found.sum))
     )
 
 
@@ -154,7 +163,7 @@ def _call(
     return on_triton(
         functools.partial(kernel, plan),
         "jaxkv_partial_attention",
-        tuning.warps(plan.rows, plan.key.head_dim),
+        tuning.warps(plan.rows, plan.key.head_dim, plan.bits),
         tuning.num_stages,
         grid=grid,
         in_specs=[
@@ -175,14 +184,3 @@ def _call(
         out_shape=[shape for _, shape in outs],
         interpret=interpret,
     )(*small, *stored)
-
-
-def on_triton(
-    kernel: Callable[..., None], name: str, num_warps: int, num_stages: int, **call: Any
-) -> Callable[..., Any]:
-    """`pl.pallas_call` on the Triton backend."""
-    warnings.filterwarnings(
-        "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
-    )  # it comes at lowering, after this
-    params = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, compiler_params=params, name=name, **call)

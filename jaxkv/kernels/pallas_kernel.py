@@ -33,6 +33,11 @@ class Plan:
     layered: bool
 
     @property
+    def bits(self) -> int:
+        """Of the narrower side's elements."""
+        return min(side.bits for side in (self.key, self.value))
+
+    @property
     def blocks(self) -> int:
         return pl.cdiv(self.capacity, self.slots)
 

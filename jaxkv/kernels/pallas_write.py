@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxkv import codec
 from jaxkv.formats import Format, QuantSpec
-from jaxkv.kernels.pallas_gpu import on_triton
+from jaxkv.kernels.triton import on_triton
 from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index, Run
 from jaxkv.tiers.tokens import BASIS, SCALES, Tokens, basis_of

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import softmax
+from jaxkv import platform, softmax
 from jaxkv.checks import undifferentiable
 from jaxkv.codec.arithmetic import power_of_two, to_unit
-from jaxkv.kernels import dispatch, flash, platform
+from jaxkv.kernels import dispatch, flash
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
@@ -46,10 +46,11 @@ def over_segments(
 
     def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
         def run(
-            part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None
+            part: Segment, basis: Basis, query: jax.Array, visible: Visible, adjust: Adjust | None
         ) -> Partial:
             return dispatch.partial_attention(
                 part,
+                basis,
                 query,
                 own.unit,
                 visible,
@@ -64,7 +65,9 @@ def over_segments(
 
         newest = scoring.reach(position, sink_tokens)[1]
         own = _Queries.of(query, position, scoring, sink_tokens, heads)
-        return softmax.merge([_in_basis(part, _bases(part), own, run) for part in parts(position)])
+        return softmax.merge(
+            [_in_basis(part, _bases(part), own, run, implementation) for part in parts(position)]
+        )
 
     if size <= QUERY_BLOCK:
         return some(query, position, scoring)
@@ -119,11 +122,16 @@ def _by_tiles(
 
         def over(part: Segment, bases: Bases, sides: flash.Sides) -> Partial:
             def run(
-                part: Segment, query: jax.Array, visible: Visible, adjust: Adjust | None
+                part: Segment,
+                basis: Basis,
+                query: jax.Array,
+                visible: Visible,
+                adjust: Adjust | None,
             ) -> Partial:
-                return flash.partial_attention(
+                codes = flash.partial_attention(
                     part, sides, query, own.unit, visible, adjust, reach, row, head
                 )
+                return dispatch.in_tokens_basis(basis, codes)
 
             part = part.row(row)
             key, value = (basis.at(row, head) for basis in bases)
@@ -183,7 +191,7 @@ class _Queries:
 
 
 Bases = tuple[Basis, Basis]
-Run = Callable[[Segment, jax.Array, Visible, Adjust | None], Partial]
+Run = Callable[[Segment, Basis, jax.Array, Visible, Adjust | None], Partial]
 
 
 def _bases(part: Segment) -> Bases:
@@ -192,9 +200,15 @@ def _bases(part: Segment) -> Bases:
     return found[0], found[-1]
 
 
-def _in_basis(part: Segment, bases: Bases, own: _Queries, run: Run) -> Partial:
-    """Attention over one segment by `run`, which knows codes alone: what its basis does to queries,
-    scores and outputs."""
+def _in_basis(
+    part: Segment,
+    bases: Bases,
+    own: _Queries,
+    run: Run,
+    implementation: dispatch.Implementation = "xla",
+) -> Partial:
+    """Attention over one segment by `run`, which knows codes and the basis of their sums: what else
+    the basis does to queries and scores."""
     key_basis, value_basis = bases
     mean_score, capped = key_basis.mean_score(own.folded), own.scoring.soft_cap is not None
     if mean_score is not None:
@@ -212,15 +226,15 @@ def _in_basis(part: Segment, bases: Bases, own: _Queries, run: Run) -> Partial:
 
     found = run(
         part.codes_only(),
-        key_basis.query(own.folded),
+        value_basis,
+        dispatch.turned_query(key_basis, own.folded, implementation),
         own.visible,
         adjust if own.scoring.changes_scores or turned is not None else None,
     )
     top = found.max
     if mean_score is not None and not capped:
         top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
-    out = value_basis.output(found.out, found.sum)
-    return Partial(out[..., : part.spec.value_dim], top, found.sum)
+    return Partial(found.out[..., : part.spec.value_dim], top, found.sum)
 
 
 def _blocks(

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv import platform
 from jaxkv.config import LANES
 from jaxkv.formats import QuantSpec
-from jaxkv.kernels import platform
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once

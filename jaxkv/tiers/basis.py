@@ -95,6 +95,11 @@ class Basis:
         return found
 
     @property
+    def turns(self) -> bool:
+        """Whether it does anything to queries."""
+        return self._rotates or not (self.mirror is None and self.balance is None)
+
+    @property
     def _rotates(self) -> bool:
         return isinstance(self.fmt, QuantSpec) and self.fmt.rotate
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import codec
+from jaxkv.codec.arithmetic import as_float16
 from jaxkv.formats import LARGEST_FP16, Format, Precision, QuantSpec, channel_group
 from jaxkv.rotary import Rotary
 from jaxkv.tiers.basis import Basis
@@ -214,7 +215,7 @@ def encode_both(
 def float_data(x: jax.Array, precision: Precision) -> jax.Array:
     """Floats as a float tier holds them."""
     if precision is Precision.FP16:  # what codes of an earlier tier stand for may lie beyond
-        x = jnp.clip(x, -LARGEST_FP16, LARGEST_FP16)
+        x = as_float16(jnp.clip(jnp.asarray(x, jnp.float32), -LARGEST_FP16, LARGEST_FP16))
     x = jnp.asarray(x).astype(precision.dtype_name)
     return lax.bitcast_convert_type(x, jnp.int16) if precision is Precision.BF16 else x
 
