@@ -13,10 +13,7 @@ import re
 import sys
 from typing import Any
 
-from roofline import append_share, expected
-
 import jaxkv
-from jaxkv import Precision
 from jaxkv.stats import bytes_per_token
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,7 +123,6 @@ def gpu(found: dict[str, Any]) -> str:
         ]
         for row in found["programs"]
     ]
-    coded = (Precision.Q8, Precision.Q4, Precision.Q2)
     head = [
         "cache",
         "step",
@@ -136,29 +132,12 @@ def gpu(found: dict[str, Any]) -> str:
         "cache-sized copies",
         "temporaries",
     ]
-    sizes = [(1, 32768), (1, 131072), (16, 32768), (64, 32768)]
-    expectations = [
-        [
-            f"{length // 1024}k tokens, {batch} row{'s' * (batch > 1)}",
-            *(
-                f"{expected(Precision.BF16, 'gqa', batch, length) / expected(precision, 'gqa', batch, length):.1f}"
-                for precision in coded
-            ),
-            f"{append_share(Precision.Q4, 'gqa', batch, length):.0%}",
-        ]
-        for batch, length in sizes
-    ]
     return (
         f"Decode steps over {found['layers']} layers in a scan, {found['tokens']:,} tokens, "
         f"{found['query_heads']} query heads and "
         f"{found['kv_heads']} kv heads of {found['head_dim']}, compiled to machine code for "
         f"{found['device']} on a machine without one "
-        f"(`{found['command']}`, jax {found['jax']}):\n\n{table(head, rows)}\n\n"
-        "What an H100 should then do, from bytes, instructions and launches of 1.5 us (`python "
-        "examples/benchmarks/gpu.py --expected`): "
-        "times as fast as our bfloat16 tier, and the share of eager appends in a Q4 decode step "
-        "(batched ones leave out a third):\n\n"
-        f"{table(['', 'Q8', 'Q4', 'Q2', 'append'], expectations)}"
+        f"(`{found['command']}`, jax {found['jax']}):\n\n{table(head, rows)}"
     )
 
 
