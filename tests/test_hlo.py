@@ -110,6 +110,15 @@ def loop_of_steps(settings: KvCacheConfig, batch: int) -> Program:
     return steps, (jax.eval_shape(lambda: jaxkv.init(settings, batch)), *new_shapes(batch, 5))
 
 
+def mapped_states(settings: KvCacheConfig, batch: int) -> Program:
+    """Several states under `vmap`. (Batched migration's condition becomes a choice between two
+    caches there, and is copied: README, limits.)"""
+    states = jax.eval_shape(
+        lambda: jax.vmap(lambda _: jaxkv.init(settings, batch))(jnp.arange(LAYERS))
+    )
+    return jax.vmap(decode), (states, *new_shapes(batch, LAYERS))
+
+
 def prompt(
     state: CacheState, key: jax.Array, value: jax.Array, query: jax.Array, **layer: Any
 ) -> tuple[CacheState, jax.Array]:
@@ -139,7 +148,7 @@ def chunk_of_layers(settings: KvCacheConfig, batch: int) -> Program:
 
 DECODING = (one_state, list_of_layers, scanned_stack, loop_of_steps)
 PROMPTS = (chunk, long_chunk, chunk_of_layers)
-SHAPES = {f.__name__: f for f in (*DECODING, *PROMPTS)}
+SHAPES = {f.__name__: f for f in (*DECODING, *PROMPTS, mapped_states)}
 
 
 @functools.cache
@@ -210,6 +219,7 @@ DECODED = [
     for name in (
         CONFIGS if shape in ("one_state", "scanned_stack", "chunk") else ("eager", "batched")
     )
+    if (shape, name) != ("mapped_states", "batched")
 ]
 
 
