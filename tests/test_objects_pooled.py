@@ -180,3 +180,11 @@ def test_block_takes_what_fits() -> None:
     )
     block.clear()
     assert block.token_count() == 0 and block.keys().size == 0
+
+
+@pytest.mark.parametrize("name", ["value_dim", "values_from_keys"])
+def test_values_of_another_size_are_refused(name: str) -> None:
+    """Before anything is stored, by the name of the option."""
+    config = KvCacheConfig(num_kv_heads=1, head_dim=16, max_tokens=300, **{name: 8})
+    with pytest.raises(KvCacheError, match=f"{name}=8: a pooled cache stores values like keys"):
+        PooledKvCache.with_new_pool(config, 4)

@@ -127,11 +127,15 @@ class PooledKvCache:
 
     Of the configuration only `max_tokens`, `num_kv_heads` and `head_dim` are used. Safe to use from
     many threads.
+
+    Raises:
+      KvCacheError: no tokens per block, or values that are not of the keys' size.
     """
 
     def __init__(self, config: Sizes, pool: BufferPool, tokens_per_block: int) -> None:
         if tokens_per_block < 1:
             raise KvCacheError(f"{tokens_per_block=}: must be at least 1")
+        _check_values(config)
         self.config = config
         self._pool, self._tokens_per_block = pool, tokens_per_block
         # One attribute, set once in a call: an interrupt at any point leaves all of it as it was.
@@ -278,3 +282,14 @@ def _total(blocks: Sequence[PooledKvBlock]) -> int:
 def _release(blocks: Sequence[PooledKvBlock]) -> None:
     for block in blocks:
         block.release()
+
+
+def _check_values(config: Sizes) -> None:
+    """A block has two buffers of one size."""
+    for name in ("value_dim", "values_from_keys"):
+        size = getattr(config, name, None)
+        if size not in (None, config.head_dim):
+            raise KvCacheError(
+                f"{name}={size}: a pooled cache stores values like keys, with head_dim="
+                f"{config.head_dim}; use TwoTierKvCache or jaxkv.paged"
+            )
