@@ -15,6 +15,7 @@ from jaxkv.config import KvCacheConfig, TierSpec
 from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.segments import over_segments, unfold
+from jaxkv.kernels.traced import once
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.state import CacheState, segments
@@ -24,6 +25,7 @@ from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens, float_data
 
 
+@once
 def attend(
     state: CacheState,
     query: jax.Array,

@@ -26,6 +26,7 @@ from jaxkv.checks import (
 )
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.segments import over_segments
+from jaxkv.kernels.traced import once
 from jaxkv.padding import Padding
 from jaxkv.scoring import Scoring
 from jaxkv.state import CacheState, segments
@@ -33,6 +34,7 @@ from jaxkv.tiers.place import Index
 from jaxkv.update import append, fitting
 
 
+@once
 def extend(
     state: CacheState,
     query: jax.Array,
@@ -106,6 +108,7 @@ def extend(
     return state, out if padding is None else jax.tree.map(padding.apart, out)
 
 
+@once
 def prefill(
     state: CacheState,
     query: jax.Array,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
+
 import jax
 
 LEAST_CAPABILITY = 8.0  # Ampere: products of bfloat16, asynchronous copies
@@ -18,6 +21,19 @@ def is_tiled() -> bool:
     """Whether memory holds arrays in tiles of their last two axes, so that another shape of the
     same bytes is a copy, and so is a scatter."""
     return name() == "tpu"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster than those of float32: not on CPUs without units for
+    them."""
+    return name() != "cpu" or _cpu_has_bfloat16()
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    info = pathlib.Path("/proc/cpuinfo")
+    words = info.read_text().split() if info.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def visits_rows() -> bool:

@@ -28,6 +28,7 @@ from jaxkv.checks import (
 )
 from jaxkv.config import KvCacheConfig, Overflow
 from jaxkv.kernels import dispatch
+from jaxkv.kernels.traced import once
 from jaxkv.migration import Arrival, Passage, due, store, take_in
 from jaxkv.padding import Padding
 from jaxkv.state import CacheState
@@ -37,6 +38,7 @@ from jaxkv.tiers.place import Index
 from jaxkv.tiers.tokens import Sliced
 
 
+@once
 def append(
     state: CacheState,
     keys: jax.Array,

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from lowering import H100
 
+from jaxkv.kernels import traced
+
 jax.config.update(
     "jax_num_cpu_devices", 8
 )  # for shard_map; has to come before the first use of a device
@@ -29,6 +31,14 @@ hypothesis.settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter() -> None:
     chex.clear_trace_counter()
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What a test changes is traced anew, and forgotten after it."""
+    traced.called.clear_cache()
+    yield monkeypatch
+    traced.called.clear_cache()
 
 
 @pytest.fixture

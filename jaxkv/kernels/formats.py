@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxkv import codec
 from jaxkv.formats import Format, Precision, QuantSpec
-from jaxkv.kernels import digits
+from jaxkv.kernels import digits, platform
 from jaxkv.kernels.materialized import computed_once, laid_out, leading
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens
@@ -38,7 +38,8 @@ class Reader(Protocol):
 def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
     """The reader of a format; `never` is a traced False (see `computed_once`)."""
     if isinstance(fmt, Precision):
-        return Terms(never, head_dim) if fmt is Precision.BF16 else Floats(never, head_dim)
+        in_terms = fmt is Precision.BF16 and platform.multiplies_bfloat16()
+        return (Terms if in_terms else Floats)(never, head_dim)
     return (
         ChannelGroups(never, head_dim, fmt)
         if fmt.axis == "channel"
@@ -100,7 +101,11 @@ class Floats:
 
 class Terms(Floats):
     """bfloat16 tiers: the block as it lies is the operand, the other one a sum of three bfloat16
-    terms, which is all of a float32."""
+    terms, which is all of a float32.
+
+    Where XLA has units for such products. Without (AVX2), 16,384 tokens of MQA take 47 ms in terms
+    and 12 in float32, of GQA 32/8/128 44 and 22.
+    """
 
     def query(self, query: jax.Array) -> jax.Array:
         terms = []
