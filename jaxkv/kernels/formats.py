@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv import codec
+from jaxkv import codec, platform
 from jaxkv.formats import Format, Precision, QuantSpec
-from jaxkv.kernels import digits, platform
+from jaxkv.kernels import digits
 from jaxkv.kernels.materialized import computed_once, laid_out, leading
 from jaxkv.tiers import tokens
 from jaxkv.tiers.tokens import Tokens

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
+from jaxkv import platform
 from jaxkv.checks import is_concrete
-from jaxkv.kernels import platform
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 PLAIN = (bool, int, float, str)
