@@ -64,9 +64,11 @@ def named_caches(model: llama.LlamaConfig, max_tokens: int) -> dict[str, jaxkv.K
     sinks = {"sink_tokens": 64}
     aligned, fine = (QuantSpec(4, group, rotate=True, align=True) for group in (64, 32))
     others: dict[str, dict[str, Any]] = {
+        "Q4_NO_ROTARY": {"rotary": None},
         "Q4_TAIL0": {"tail_length": 0},
         "K8V4": {"key_quant": QuantSpec(8, 64), "value_quant": aligned},
         "K4G32_V4": {"key_quant": fine, "value_quant": aligned} | sinks,
+        "K3V3": {"store_precision": Precision.Q3} | sinks,
         "Q2_G32": pair(2, 32, rotate=True, align=True) | sinks,
         "Q4_ROTATED": pair(4, 64, rotate=True),
         "Q4_PLAIN64": pair(4, 64),

@@ -275,6 +275,7 @@ _DEFAULT_SPECS = {
     Precision.Q8: QuantSpec(8),
     Precision.Q4: adapting(4),
     Precision.Q4K: adapting(4, two_level=True),
+    Precision.Q3: adapting(3),
     Precision.Q2: adapting(2),
 }
 

@@ -7,7 +7,7 @@ import enum
 
 
 class Precision(enum.StrEnum):
-    """How the tokens of a tier are held: three float formats and four quantized ones."""
+    """How the tokens of a tier are held: three float formats and five quantized ones."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -15,6 +15,7 @@ class Precision(enum.StrEnum):
     Q8 = "q8"
     Q4 = "q4"
     Q4K = "q4k"
+    Q3 = "q3"
     Q2 = "q2"
 
     @property
@@ -44,7 +45,8 @@ class QuantSpec:
     16-bit scale and zero point with float32's range.
 
     Attributes:
-      bits: 8, 4 or 2; 1, 2 or 4 codes are packed into a byte.
+      bits: 8, 4, 3 or 2; 1, 2 or 4 codes are packed into a byte, or 8 codes of 3 bits into 3
+        bytes.
       group_size: elements that share a scale. `axis="token"`: consecutive elements of one token's
         head (a divisor of `head_dim`), or `num_kv_heads * head_dim` for one group per token over
         all heads, as in the original. `axis="channel"`: consecutive tokens of one channel (KIVI).
@@ -79,8 +81,8 @@ class QuantSpec:
     turned_mean: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise ValueError(f"bits={self.bits}: 2, 4 or 8 are supported; choose one of them")
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits={self.bits}: 2, 3, 4 or 8 are supported; choose one of them")
         if self.axis not in ("token", "channel"):
             raise ValueError(f"axis={self.axis!r}: must be 'token' or 'channel'")
         if self.group_size is not None and self.group_size < 1:
@@ -98,8 +100,17 @@ class QuantSpec:
             )
 
     @property
-    def codes_per_byte(self) -> int:
-        return 8 // self.bits
+    def parts(self) -> int:
+        """How many pieces of a head are read out of the same words (`codec.split`)."""
+        return 4 if self.bits == 3 else 8 // self.bits
+
+    def width(self, head_dim: int) -> int:
+        """Elements of a piece; the last one's are filled up."""
+        return 2 * -(-head_dim // 8) if self.bits == 3 else -(-head_dim // self.parts)
+
+    def words(self, head_dim: int) -> int:
+        """Bytes of a head's codes."""
+        return self.width(head_dim) * self.parts * self.bits // 8
 
     @property
     def levels(self) -> int:

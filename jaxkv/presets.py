@@ -47,6 +47,10 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
         dict(key_quant=adapting(4), value_quant=adapting(2), sink_tokens=64),
         "A fifth of the memory: values bear 2 bits, keys do not.",
     ),
+    "K3V2": (
+        dict(key_quant=adapting(3), value_quant=adapting(2), sink_tokens=64),
+        "Between K4V2 and Q2: keys need the third bit, values bear 2.",
+    ),
     "Q2": (
         dict(store_precision=Precision.Q2, sink_tokens=64),
         "The longest context that still reads well: 2.5 bits, sinks exact.",

@@ -19,7 +19,7 @@ from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec, Rotary, refere
 from jaxkv.reference import Adapted, ReferenceState
 
 FP32, FP16, BF16 = Precision.FP32, Precision.FP16, Precision.BF16
-Q8, Q4, Q4K, Q2 = Precision.Q8, Precision.Q4, Precision.Q4K, Precision.Q2
+Q8, Q4, Q4K, Q3, Q2 = Precision.Q8, Precision.Q4, Precision.Q4K, Precision.Q3, Precision.Q2
 EAGER, BATCHED = Migration.EAGER, Migration.BATCHED
 
 Array = NDArray[Any]
@@ -96,6 +96,9 @@ def _two_tiers() -> list[Case]:
         Case("fp16_q2_batched", config(4, FP16, Q2, 20, 2, 32, migration=BATCHED, migration_batch=8), 2, PROMPT),
         Case("fp32_q4_dim4", config(4, FP32, Q4, 12, 2, 4), 2),
         Case("fp16_q2_dim3_sinks", config(3, FP16, Q2, 12, 1, 3, sink_tokens=2, value_quant=QuantSpec(4, 3)), 2),
+        Case("fp16_q3", config(4, FP16, Q3, 16, 2, 64), 4, PROMPT),
+        Case("fp32_q3_dim37_sinks", config(3, FP32, Q3, 14, 1, 37, sink_tokens=2, migration=BATCHED,
+             key_quant=channels(3, 4), value_quant=QuantSpec(3, 37, symmetric=True)), 2),
         Case("channel_dim37", config(6, FP32, Q4, 24, 1, 37, migration=BATCHED, key_quant=channels(4, 4)), 2),
         Case("q8_fp32", config(4, Q8, Q4, 12, 2, 8, warm_length=8, warm_precision=FP32), 2),
         Case("channel_keys", config(6, FP32, Q4, 24, 2, 16, migration=BATCHED, key_quant=channels(4, 4)), 4),

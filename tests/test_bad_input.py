@@ -103,8 +103,8 @@ def test_config(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 3}, "bits=3: 2, 4 or 8 are supported"),
-        ({"bits": 16}, "bits=16: 2, 4 or 8 are supported"),
+        ({"bits": 5}, "bits=5: 2, 3, 4 or 8 are supported"),
+        ({"bits": 16}, "bits=16: 2, 3, 4 or 8 are supported"),
         ({"bits": 4, "axis": "head"}, "axis='head': must be 'token' or 'channel'"),
         ({"bits": 4, "group_size": 0}, "group_size=0: must be positive, or None"),
         (

@@ -62,6 +62,15 @@ def test_asymmetric_codes() -> None:
     np.testing.assert_array_equal(codes, [[0, 0, 1, 3]])  # -0.5 lies halfway between codes 0 and 1
 
 
+def test_codes_of_three_bits() -> None:
+    """Eight levels: from -1 in steps of 0.5."""
+    groups = np.array([[-1.0, -0.2, 0.3, 2.5]], np.float32)
+    codes, scale, zero_point = reference.quantize_groups(groups, bits=3, symmetric=False)
+    np.testing.assert_array_equal(scale, [[0.5]])
+    np.testing.assert_array_equal(zero_point, [[-1.0]])
+    np.testing.assert_array_equal(codes, [[0, 2, 3, 7]])
+
+
 def test_symmetric_codes() -> None:
     """The largest magnitude is the highest code, and zero is code 0."""
     codes, scale, zero_point = reference.quantize_groups(

@@ -162,7 +162,9 @@ def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
         unknown = [
             name for name, array in arrays.items() if array is not None and name not in READABLE
         ]
-        if unknown or (isinstance(fmt, QuantSpec) and fmt.bits not in (2, 4, 8)):
+        if isinstance(fmt, QuantSpec) and fmt.bits == 3:
+            return f"it reads codes of 8, 4 or 2 bits, not the 3 of the {part.spec.name} tier"
+        if unknown:
             return f"it cannot read {fmt} in the {part.spec.name} tier"
         if _overflows(held):
             return (

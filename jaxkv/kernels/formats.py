@@ -136,14 +136,14 @@ class _Coded:
 
     @property
     def words(self) -> int:
-        return -(-self.head_dim // self.spec.codes_per_byte)
+        return self.spec.width(self.head_dim)
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
         """[..., H] in pieces of `words`, as the codes are packed; zeros for what fills up the last
         words."""
-        lacking = self.words * self.spec.codes_per_byte - self.head_dim
+        lacking = self.words * self.spec.parts - self.head_dim
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lacking)]) if lacking else x
-        return jnp.split(x, self.spec.codes_per_byte, axis=-1)
+        return jnp.split(x, self.spec.parts, axis=-1)
 
     def joined(self, parts: list[jax.Array]) -> jax.Array:
         """The inverse of `parts`."""
@@ -151,14 +151,15 @@ class _Coded:
 
     def codes(self, block: Tokens) -> list[tuple[jax.Array, float]]:
         """A block's codes [B, K, S, W] part by part, with their weights (see `codec.split`)."""
-        parts, weights = zip(*codec.split(block.data, self.spec.bits), strict=True)
+        parts, weights = zip(*codec.split(block.data, self.spec.bits, self.words), strict=True)
         return list(zip(laid_out(self.never, list(parts), self.words), weights, strict=True))
 
     def lacking(self, x: jax.Array) -> jax.Array:
-        """[..., H] times what the codes of each element lack: those of the last part are short of
-        half their range (see `codec`)."""
+        """[..., H] times what the codes of each element lack: those of the last part, or all
+        of 3 bits, are short of half their range (see `codec`)."""
         factors = np.zeros(self.head_dim, np.float32)
-        factors[self.words * (self.spec.codes_per_byte - 1) :] = 2.0 ** (self.spec.bits - 1)
+        signed = 0 if self.spec.bits == 3 else self.words * (self.spec.parts - 1)
+        factors[signed:] = 2.0 ** (self.spec.bits - 1)
         return x * factors.reshape(*[1] * (x.ndim - 1), -1)
 
 
@@ -218,7 +219,7 @@ class TokenGroups(_Coded):
         return score * unit
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        parts = [_zeros(*shape, self.words)] * self.spec.codes_per_byte
+        parts = [_zeros(*shape, self.words)] * self.spec.parts
         return parts, _zeros(*shape, 1 + 2 * self.num_groups)
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:

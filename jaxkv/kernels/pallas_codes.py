@@ -170,7 +170,7 @@ class _Coded(Side):
 
     @property
     def words(self) -> int:
-        return self.head_dim // self.fmt.codes_per_byte
+        return self.head_dim // self.fmt.parts
 
     @property
     def group(self) -> int:
@@ -180,7 +180,7 @@ class _Coded(Side):
         return tile * self.size // self.words
 
     def is_last(self, tile: int) -> bool:
-        return self.part(tile) == self.fmt.codes_per_byte - 1
+        return self.part(tile) == self.fmt.parts - 1
 
     def masked(self, refs: Refs, block: Block) -> list[jax.Array]:
         """The bits of every tile's codes where they lie in the words, [S, padded(size)] int8."""

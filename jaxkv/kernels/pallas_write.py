@@ -33,6 +33,8 @@ def refusal(fmt: Format, heads: int, head_dim: int) -> str | None:
     """Why the kernel cannot write a format, or None. Triton's tiles have powers of two as sides."""
     if not isinstance(fmt, QuantSpec) or fmt.axis == "channel":
         return f"it quantizes tokens one by one, not {fmt}"
+    if fmt.bits == 3:
+        return "it packs codes of 8, 4 or 2 bits, not of 3"
     together = heads if _spans_heads(fmt, head_dim) else 1
     if (
         head_dim % 8

@@ -6,6 +6,7 @@ layers):
 
     float tiers      data [B, K, S, H]; bfloat16 as its int16 bits
     quantized tiers  data [B, K, S, W] int8 words (`codec.pack`), W = ceil(H * bits / 8)
+                     (3 bits: 3 * ceil(H / 8))
                      scale, zero_point: token axis [B, K or 1, H // group, S]; channel axis
                      [B, K, S // group, H]; uint16 (`codec.scales`) and float16, or uint8 and int8
                      in units of scale_unit, zero_unit [B, 1, 1, S] uint16 (two-level)
@@ -64,7 +65,7 @@ def shapes(fmt: Format, heads: int, capacity: int, head_dim: int) -> Tokens:
                 (heads, capacity, head_dim), "int16" if fmt is Precision.BF16 else fmt.dtype_name
             )
         )
-    data = _array((heads, capacity, -(-head_dim // fmt.codes_per_byte)), jnp.int8)
+    data = _array((heads, capacity, fmt.words(head_dim)), jnp.int8)
     shape, unit = (
         _scale_shape(fmt, heads, capacity, head_dim),
         _array((1, 1, capacity), codec.SCALE_DTYPE),
