@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import laws
 import numpy as np
 import pytest
 from cases import (
@@ -138,18 +139,17 @@ class Pair:
             np.testing.assert_array_equal(
                 getattr(tokens, f"{ours}_tokens"), reference.counts(self.twin, theirs), ours
             )
+        # Each query looks at the cache as it was when its own token was the newest.
+        then = [laws.gather(laws.as_of(self.state, self.last - 1 - t)) for t in range(T)]
         for row in range(B):
-            held = {
-                int(p): np.stack([found[0][row, i], found[1][row, i]])
-                for i, p in enumerate(found[2][row])
-                if p >= 0
-            }
+            held = laws.held(found, row)
             expected, bounds = reference.held(self.twin, row), accumulate(self.twin, row, tie_bound)
             assert all((norms(pair - expected[p]) <= bounds[p]).all() for p, pair in held.items())
-            self.check_attention(row, held, query[row], out[row], lse[row])
+            seen = [laws.held(contents, row) for contents in then]
+            self.check_attention(row, seen, query[row], out[row], lse[row])
 
     def check_attention(
-        self, row: int, held: dict[int, Array], query: Array, out: Array, lse: Array
+        self, row: int, held: list[dict[int, Array]], query: Array, out: Array, lse: Array
     ) -> None:
         options, end, config = (
             reference.Options(**OPTIONS),
@@ -160,11 +160,11 @@ class Pair:
             at = end - int(self.last[row]) + t
             seen = [
                 p
-                for p in held
+                for p in held[t]
                 if t < self.last[row] and options.sees(row, t, at, p, config.sink_tokens)
             ]
             pairs, added = (
-                np.array([held[p] for p in seen]),
+                np.array([held[t][p] for p in seen]),
                 options.added(row, t, at, seen, len(query[t])),
             )
             expected, expected_lse = reference.attention_and_lse(
