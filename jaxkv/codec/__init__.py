@@ -1,6 +1,6 @@
 """How numbers are written down: quantized groups, packed words, rotations, exact arithmetic."""
 
-from jaxkv.codec.pack import pack, split, unpack
+from jaxkv.codec.pack import pack, planes, split, unpack
 from jaxkv.codec.quantize import Quantized, dequantize, quantize
 from jaxkv.codec.scales import (
     SCALE_DTYPE,
@@ -17,6 +17,7 @@ __all__ = [
     "dequantize",
     "full_zero_point",
     "pack",
+    "planes",
     "quantize",
     "split",
     "unpack",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -44,36 +43,41 @@ def _apart(words: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def split(words: jax.Array, bits: int, width: int) -> list[tuple[jax.Array, float]]:
-    """The parts of packed words [..., S * W]: int8 arrays [..., S * width], `width` elements of
-    each head, and the weight that turns each into codes.
+def planes(words: jax.Array, bits: int, width: int) -> list[jax.Array]:
+    """Packed words [..., S * W] as what `split` takes, flat arrays [..., S * width]: as they are;
+    of 3 bits the two planes, the signs spread over as many bytes as the rest."""
+    if bits != 3:
+        return [words]
+    rows = words.reshape(*words.shape[:-1], -1, 3, width // 2)
+    low, sign = rows[..., :2, :], rows[..., 2, :]
+    signs = jnp.stack([sign, sign >> 1], axis=-2)  # of a part, bit 2 i and bit 2 i + 1
+    return [x.reshape(*words.shape[:-1], -1) for x in (low, signs)]
+
+
+def split(flat: list[jax.Array], bits: int) -> list[tuple[jax.Array, float]]:
+    """The parts of packed words (`planes`): int8 arrays [..., S * width], `width` elements of each
+    head, and the weight that turns each into codes.
 
     Part i holds elements [i * width, (i + 1) * width) of the head dim; `part * weight` is the code,
     for the last part (3 bits: every part) the code minus `2**(bits - 1)`.
     """
     if bits == 3:
-        return _split_planes(words, width)
-    count = 8 // bits
+        return _signed(*flat)
+    (words,), count = flat, 8 // bits
     masks = [(2**bits - 1) << (bits * i) for i in range(count - 1)]
     parts = [(words & jnp.int8(mask), 2.0 ** (-bits * i)) for i, mask in enumerate(masks)]
     top = words & jnp.int8(-(2 ** (bits * (count - 1)))) if count > 1 else words
     return [*parts, (top, 2.0 ** (-bits * (count - 1)))]
 
 
-def _split_planes(words: jax.Array, width: int) -> list[tuple[jax.Array, float]]:
-    """`split` of 3 bits. A head's words are three rows of `width / 2`, the last one all signs."""
-    rows = words.reshape(*words.shape[:-1], -1, 3, width // 2)
-    low, sign = rows[..., :2, :], rows[..., 2:, :]
+def _signed(low: jax.Array, signs: jax.Array) -> list[tuple[jax.Array, float]]:
+    """`split` of 3 bits."""
     parts = []
-    for index in range(4):
-        at = 2 * min(index, 2)
-        if index == 3:  # one bit lower, where the sign still fits into a byte
-            at, low = 5, (low >> 1) & jnp.int8(0x7F)
-        bit = np.array([1, 2], np.uint8) << (2 * index)
-        mask = bit.view(np.int8).reshape(*[1] * (rows.ndim - 2), 2, 1)
-        negative = jnp.where(sign & mask != 0, jnp.int8(-(4 << at)), jnp.int8(0))
-        part = (low & jnp.int8(3 << at)) | negative
-        parts.append((part.reshape(*words.shape[:-1], -1), 2.0**-at))
+    for index, at in enumerate((0, 2, 4, 5)):
+        if at == 5:  # one bit lower, where the sign still fits into a byte
+            low = (low >> 1) & jnp.int8(0x7F)
+        negative = jnp.where(signs & jnp.int8(1 << 2 * index) != 0, jnp.int8(-(4 << at)), 0)
+        parts.append(((low & jnp.int8(3 << at)) | negative.astype(jnp.int8), 2.0**-at))
     return parts
 
 
