@@ -59,7 +59,7 @@ def refused(message: str) -> Any:
         ),
         ({"tail_length": 0, "sink_tokens": 16}, "max_tokens=16 are all sinks: leave room"),
         ({"tail_precision": "fp12"}, "tail_precision='fp12': must be one of .*'fp16'"),
-        ({"store_precision": "q3"}, "store_precision='q3': must be one of .*'q4'"),
+        ({"store_precision": "q5"}, "store_precision='q5': must be one of .*'q4'"),
         ({"warm_precision": None}, "warm_precision=None: must be one of"),
         ({"migration": "lazy"}, "migration='lazy': must be one of .*'batched'"),
         (

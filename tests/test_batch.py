@@ -95,6 +95,7 @@ def test_beam_search(case: Case, rng: np.random.Generator) -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @over
 def test_concatenated_batches(case: Case, rng: np.random.Generator) -> None:
     """Rows of several batches go on in one, bit for bit."""

@@ -13,6 +13,7 @@ from jaxkv import KvCacheConfig, platform
 LENGTH = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_units", [True, False])
 def test_with_and_without_units(
     has_units: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator

@@ -219,6 +219,7 @@ def test_evicted_tokens_do_not_keep_a_store_from_aligning(
 # Refused inside compiled functions.
 
 
+@pytest.mark.slow
 def test_refused_rows_stay_as_they_were(rng: np.random.Generator) -> None:
     """A count that is too large leaves its row alone and sets a bit that stays until `clear`; other
     rows go on."""

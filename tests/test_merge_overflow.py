@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import KvCacheConfig, Overflow, Precision, Status, reference, shards
+from jaxkv import KvCacheConfig, Overflow, Precision, Status, reference
 from jaxkv.objects import KvCacheError, TwoTierKvCache
-from jaxkv.sharding import Axes
 
 B, T, K, N, H = 2, 3, 2, 4, 16
 RNG = np.random.default_rng(0)
@@ -154,9 +153,3 @@ def test_objects_refuse() -> None:
     assert len(cache) == 7
     with pytest.raises(KvCacheError, match="overflow='refuse'"):
         cache.append(KEYS[0, :1], VALUES[0, :1])
-
-
-def test_shards_do_not() -> None:
-    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(ValueError, match="overflow='refuse': shards evict"):
-        shards.init(FULL, 1, mesh=mesh, axes=Axes(context="c"))

@@ -152,6 +152,7 @@ def test_what_is_no_layer(stack: CacheState, bad: Any) -> None:
 # Numbers of NumPy.
 
 
+@pytest.mark.slow
 def test_numpy_ints_are_ints(state: CacheState) -> None:
     """Configurations, sizes and counts take NumPy's integers, and keep Python's."""
     config = KvCacheConfig(np.int64(4), max_tokens=np.int32(16), num_kv_heads=K, head_dim=H)
@@ -205,6 +206,7 @@ def test_options_are_refused(state: CacheState, options: dict[str, Any], message
         jaxkv.prefill(state, QUERY, NEW[:, :2], NEW[:, :2], **options)
 
 
+@pytest.mark.slow
 def test_lists_and_traced_numbers_are_taken(state: CacheState) -> None:
     """Nested lists are arrays; a cap, a scale and a window may be traced."""
     mask = RNG.random((B, 1, 2, 9)) < 0.5
@@ -221,6 +223,7 @@ def test_lists_and_traced_numbers_are_taken(state: CacheState) -> None:
     assert np.asarray(expected).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FP32", "Q8", "Q4"])
 def test_derivatives_are_refused(name: str) -> None:
     """With respect to queries and to what enters, forwards and backwards; not where none is

@@ -238,6 +238,7 @@ def test_a_loud_token_deafens_none(case: Case, rng: np.random.Generator) -> None
 # Scores.
 
 
+@pytest.mark.slow
 def test_any_finite_score_counts() -> None:
     """Scores of -1e31 everywhere weigh alike; an infinite bias shows one token alone, minus
     infinity hides one; nothing is NaN."""
@@ -270,6 +271,7 @@ def test_partials_merge_without_nan() -> None:
     assert (softmax.log_sum_exp(softmax.merge([nothing, nothing])) == -np.inf).all()
 
 
+@pytest.mark.slow
 def test_outputs_in_float16_are_finite() -> None:
     """Values beyond float16, which a bfloat16 tail holds, saturate in outputs of that dtype."""
     config = KvCacheConfig(

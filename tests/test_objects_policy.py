@@ -93,6 +93,7 @@ def test_policy_takes_effect(
     assert errors(cache, np.concatenate([x, more])).max() < 0.5
 
 
+@pytest.mark.slow
 def test_changes_and_back(rng: np.random.Generator) -> None:
     """Tokens in float32 pass through a wider policy unchanged; those in Q8 keep their codes' values
     but for rounding."""

@@ -55,6 +55,7 @@ def attention(
 # What goes in comes out.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("shape", [(-1,), (-1, HEADS, HEAD_DIM)])
 def test_same_kind_and_shape_out(
@@ -83,6 +84,7 @@ def test_other_float_dtypes(rng: np.random.Generator, dtype: Any) -> None:
     assert cache.attend(keys[0]).dtype == dtype
 
 
+@pytest.mark.slow
 def test_matches_the_pure_functions(rng: np.random.Generator) -> None:
     """Bit for bit, past the wrap, whatever the sizes of the appends."""
     cache, state = TwoTierKvCache(CONFIG), jaxkv.init(CONFIG)
@@ -139,6 +141,7 @@ def test_callers_array_may_be_overwritten(rng: np.random.Generator, size: int) -
 # Attention.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, 0.3, [0.0, 0.1, 0.5, 2.0]])
 def test_attend_with_decay(rng: np.random.Generator, decay: Any) -> None:
     """One rate or one per head; 60 tokens, of which 48 are held over three tiers."""

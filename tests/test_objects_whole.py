@@ -90,6 +90,7 @@ def calls(cache: Any, rng: np.random.Generator, first: int) -> list[Callable[[],
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="timers that raise")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", KINDS)

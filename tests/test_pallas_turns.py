@@ -26,6 +26,7 @@ def basis(rng, *, full: bool) -> Basis:
     return Basis(spec, mean, rotation.mirror_of(direction), jnp.asarray(balance, jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("queries", [1, 7, 40])
 def test_queries_are_turned_as_by_the_basis(rng, queries, full):

@@ -93,6 +93,7 @@ def test_python_runs(heading, code, tmp_path):
             exec(compile(code, "README", "exec"), {})
 
 
+@pytest.mark.slow
 def test_quickstart_says_what_it_holds(capsys):
     """300 tokens in a tail of 256 leave 256 there and 44 in the store."""
     exec(compile(dict(blocks())["Quickstart"], "README", "exec"), {})

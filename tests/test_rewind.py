@@ -84,6 +84,7 @@ def grow(state: CacheState, keys: Array, values: Array, count: Array | int) -> C
     return state
 
 
+@pytest.mark.slow
 @over_all
 def test_speculative_decoding(case: Case, rng: np.random.Generator) -> None:
     """Draft n tokens, verify, accept k (each row its own): the same bits as if only the accepted
@@ -107,6 +108,7 @@ def test_speculative_decoding(case: Case, rng: np.random.Generator) -> None:
     assert int(state.end.max()) > case.config.max_tokens
 
 
+@pytest.mark.slow
 @over_all
 def test_rewinds_in_a_row_add_up(case: Case, rng: np.random.Generator) -> None:
     """What counts is the depth below the highest position reached, however it is split."""
@@ -225,6 +227,7 @@ def test_rewind_into_the_sinks(rng: np.random.Generator) -> None:
     )
 
 
+@pytest.mark.slow
 def test_all_layers_go_back_together(rng: np.random.Generator) -> None:
     """`rewind` counts per row, in every layer."""
     case = NEW["fp16_q4"]

@@ -256,6 +256,7 @@ def test_each_option(option: str) -> None:
     check("fp32", options(option))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option",
     [pytest.param(o, marks=[pytest.mark.slow] * (o not in ("cross", "all"))) for o in COMBINED],
@@ -264,6 +265,7 @@ def test_options_together(option: str) -> None:
     check("chain", options(option))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -333,6 +335,7 @@ def test_reference_has_every_option(option: str) -> None:
     np.testing.assert_allclose(lse, expected_lse, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_window_of_the_config() -> None:
     """A config's window is every call's; a call's own replaces it."""
     config = dataclasses.replace(CHAIN, window=6)

@@ -74,6 +74,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "cache.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CONFIGS]
@@ -101,6 +102,7 @@ def test_prompt_cache_of_a_rewound_state(path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_status_and_layers_are_saved(path: Path) -> None:
     state = jaxkv.init(CONFIGS["Q4"], B, num_layers=3)
     for layer in range(3):

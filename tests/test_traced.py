@@ -34,6 +34,7 @@ def test_a_layer_more_is_two_calls() -> None:
     assert (lines(12) - lines(4)) / 8 < 20  # some 2,000 where each layer is lowered by itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["window", "soft_cap", "decay", "causal", "scale"])
 def test_options_are_not_mixed_up(name: str, rng: np.random.Generator) -> None:
     """Options of equal shape, also those that are equal to Python, each in their own trace."""

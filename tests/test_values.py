@@ -118,6 +118,7 @@ def test_as_an_object(name: str, rng: np.random.Generator) -> None:
     assert cache.stats().total_tokens == stats.total_tokens
 
 
+@pytest.mark.slow
 def test_the_kernel_says_why() -> None:
     """What the GPU kernel cannot read goes to XLA, and it says why."""
     for name, reason in (("latent_q4", "part of them"), ("fp16_q4_values24", "value_dim=24")):
