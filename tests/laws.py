@@ -31,8 +31,8 @@ _attend = jax.jit(jaxkv.attend)
 Contents = tuple[Array, Array, Array]  # keys, values and positions, as `gather` gives them
 
 
-FAST = ("q8", "channel_keys", "fp32_q8_q4")
-"""What a newcomer's run takes of `cases.FEW`: one tier, keys per channel, three tiers."""
+FAST = ("q8", "channel_keys")
+"""What a newcomer's run takes of `cases.FEW`: one format of each kind."""
 
 
 def over(cases: dict[str, Case]) -> pytest.MarkDecorator:

@@ -45,6 +45,7 @@ def row(state: CacheState, index: int) -> CacheState:
     return jax.tree.map(lambda leaf: leaf[index], state)
 
 
+@pytest.mark.slow
 @over
 def test_forks_go_their_own_ways(case: Case, rng: np.random.Generator) -> None:
     """A prompt prefilled once serves several continuations, each as if it had been prefilled
@@ -173,6 +174,7 @@ def test_continuous_batching(case: Case, tmp_path: Path, rng: np.random.Generato
     assert nothing > 0  # idle rows gave zeros
 
 
+@pytest.mark.slow
 @over
 def test_only_the_row_is_replaced(case: Case, rng: np.random.Generator) -> None:
     keys, values = random_tokens(rng, case, 30)

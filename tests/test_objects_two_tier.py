@@ -76,6 +76,7 @@ def test_same_kind_and_shape_out(
     assert isinstance(out, type(query)) and out.shape == query.shape and out.dtype == query.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
 def test_other_float_dtypes(rng: np.random.Generator, dtype: Any) -> None:
     cache, (keys, values) = TwoTierKvCache(CONFIG), tokens(rng, 3, dtype)
@@ -156,6 +157,7 @@ def test_attend_with_decay(rng: np.random.Generator, decay: Any) -> None:
     np.testing.assert_allclose(cache.attend(query, 0.7, decay=decay), wanted, rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 def test_attend_of_several_queries_is_causal(rng: np.random.Generator) -> None:
     """Three queries, filled up to four, see what queries of one token saw."""
     cache, singles = TwoTierKvCache(CONFIG), []

@@ -154,6 +154,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_of_objects(kind: str, way: str) -> None:

@@ -37,6 +37,7 @@ def test_queries_are_turned_as_by_the_basis(rng, queries, full):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=DEEP * UNIT * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("queries", "rows", "splits"), [(1, 8, 1), (4, 8, 5), (7, 8, 33), (40, 16, 70)]
 )

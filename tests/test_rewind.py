@@ -123,6 +123,7 @@ def test_rewinds_in_a_row_add_up(case: Case, rng: np.random.Generator) -> None:
         assert_same(again, plain)
 
 
+@pytest.mark.slow
 @over_all
 @pytest.mark.parametrize("beyond", [1, 2, 4])
 def test_deeper_rewinds_lose_nothing_that_is_held(

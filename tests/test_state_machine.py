@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [(NAMES[0], 40), pytest.param(NAMES[1], 6, marks=pytest.mark.slow)]
+    ("name", "runs"), [(NAMES[0], 20), pytest.param(NAMES[1], 6, marks=pytest.mark.slow)]
 )
 def test_state_machine(name: str, runs: int) -> None:
     """Runs of up to 12 steps."""

@@ -91,6 +91,7 @@ def test_loaded_caches_go_on_bit_for_bit(name: str, steps: int, path: Path) -> N
     np.testing.assert_array_equal(attend(loaded, query), attend(state, query))
 
 
+@pytest.mark.slow
 def test_prompt_cache_of_a_rewound_state(path: Path) -> None:
     """Tokens that a rewind may bring back are saved with the rest."""
     state = filled("bf16_chain", 14)
@@ -114,6 +115,7 @@ def test_status_and_layers_are_saved(path: Path) -> None:
     chex.assert_trees_all_equal(load(path, rows=1), jaxkv.take_rows(state, [1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, [1], [1, 0, 1]], ids=str)
 @pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
 def test_one_row_or_some(rows: Any, mmap: bool, path: Path) -> None:
