@@ -49,7 +49,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "K3V2": (
         dict(key_quant=adapting(3), value_quant=adapting(2), sink_tokens=64),
-        "Between K4V2 and Q2: keys need the third bit, values bear 2.",
+        "Between K4V2 and Q2, slower to read than both: keys need the third bit.",
     ),
     "Q2": (
         dict(store_precision=Precision.Q2, sink_tokens=64),
