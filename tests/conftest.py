@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import chex
 import hypothesis
@@ -34,10 +35,17 @@ def _fresh_trace_counter() -> None:
 
 
 @pytest.fixture
-def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def monkeypatch() -> Iterator[pytest.MonkeyPatch]:
     """What a test changes is traced anew, and forgotten after it."""
-    traced.called.clear_cache()
-    yield monkeypatch
+
+    class Forgetful(pytest.MonkeyPatch):
+        def setattr(self, *args: Any, **named: Any) -> None:
+            super().setattr(*args, **named)
+            traced.called.clear_cache()
+
+    patch = Forgetful()
+    yield patch
+    patch.undo()
     traced.called.clear_cache()
 
 
