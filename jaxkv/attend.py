@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
+from jaxkv.chain import TierSpec
 from jaxkv.checks import as_counts, as_layer, check_query, in_range
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Precision
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.segments import over_segments, unfold

@@ -172,3 +172,13 @@ def check_rows(rows: Any, batch_size: int) -> None:
         raise ValueError(
             f"rows={np.asarray(rows).tolist()}: the state has rows 0 .. {batch_size - 1}"
         )
+
+
+def as_enum(kind: type[Any], name: str, value: Any) -> Any:
+    """A member of an enum, given as one or by its value."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={value!r}: must be one of {[member.value for member in kind]}"
+        ) from None

@@ -5,28 +5,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any
 
-from jaxkv.checks import as_int
-from jaxkv.formats import (
-    LARGEST,
-    LARGEST_FP16,
-    Format,
-    Precision,
-    QuantSpec,
-    adapting,
-    channel_group,
-    learns,
-    of_values,
-    unaligned,
-)
+from jaxkv.chain import TierSpec, capacity_of, check_group, store_formats
+from jaxkv.checks import as_enum, as_int
+from jaxkv.formats import LARGEST, LARGEST_FP16, Format, Precision, QuantSpec, format_of, unaligned
 from jaxkv.rotary import Rotary
-
-LEAST_LEARNT = 16
-"""Tokens that a balance or a mean before the rotary embedding takes to learn; of fewer it is
-chance."""
 
 
 class Migration(enum.StrEnum):
@@ -42,11 +25,6 @@ class Migration(enum.StrEnum):
     BATCHED = "batched"
 
 
-LONG_RING, LANES = 2048, 128
-"""Rings of so many slots or more are whole multiples of a TPU vector's lanes: XLA:TPU writes packed
-codes in place only where it can prove that a window of them is aligned."""
-
-
 class Overflow(enum.StrEnum):
     """What becomes of an append to a row that is full.
 
@@ -56,31 +34,6 @@ class Overflow(enum.StrEnum):
 
     EVICT = "evict"
     REFUSE = "refuse"
-
-
-@dataclasses.dataclass(frozen=True)
-class TierSpec:
-    """One tier: it holds up to `length` tokens in a ring of `capacity` slots; position `offset`
-    lives in slot 0."""
-
-    name: str
-    length: int
-    capacity: int
-    offset: int
-    key: Format
-    value: Format | None  # None: values are a part of the keys
-    rotary: Rotary | None = None  # of the model, where the keys' format asks for it
-    value_dim: int | None = None  # elements of a value; None: as many as a key has
-
-    @property
-    def formats(self) -> tuple[Format, ...]:
-        """Of what is stored: the keys, and the values unless they are a part of them."""
-        return (self.key,) if self.value is None else (self.key, self.value)
-
-    @property
-    def group(self) -> int:
-        """Tokens that must enter this tier together."""
-        return max(channel_group(fmt) for fmt in self.formats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +90,9 @@ class KvCacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("tail_precision", "store_precision", "warm_precision"):
-            object.__setattr__(self, name, _as_enum(Precision, name, getattr(self, name)))
-        object.__setattr__(self, "migration", _as_enum(Migration, "migration", self.migration))
-        object.__setattr__(self, "overflow", _as_enum(Overflow, "overflow", self.overflow))
+            object.__setattr__(self, name, as_enum(Precision, name, getattr(self, name)))
+        object.__setattr__(self, "migration", as_enum(Migration, "migration", self.migration))
+        object.__setattr__(self, "overflow", as_enum(Overflow, "overflow", self.overflow))
         _check_sizes(self)
         if self.rotary is not None:
             if not isinstance(self.rotary, Rotary):
@@ -195,20 +148,15 @@ class KvCacheConfig:
         # Only the last tier aligns: what leaves a tier must have the same bits in every program,
         # and a general reflection has not.
         def sides(precision: Precision, *quants: QuantSpec | None) -> list[Format]:
-            return [
-                self._resolve(quant, dim) or self._format(precision, dim)
-                for quant, dim in zip(quants, self.side_dims, strict=False)
-            ]
+            given = zip(quants, self.side_dims, strict=False)
+            return [format_of(precision, quant, dim) for quant, dim in given]
 
         tail, warm = (
             [unaligned(fmt) for fmt in sides(precision, None, None)]
             for precision in (self.tail_precision, self.warm_precision)
         )
         store = sides(self.store_precision, self.key_quant, self.value_quant)
-        if len(store) == 1:  # what is only for keys cannot be undone in a sum of values
-            store = [of_values(store[0])]
-        else:
-            store = [self._of_keys(store[0]), of_values(store[1])]
+        store = store_formats(store, self.warm_length or self.tail_length, self.rotary)
         wanted = [
             ("hot", self.tail_length, tail),
             ("warm", self.warm_length, warm),
@@ -220,7 +168,14 @@ class KvCacheConfig:
             TierSpec(
                 name,
                 length,
-                self._capacity(length, i == 0, i == last, formats),
+                capacity_of(
+                    length,
+                    formats,
+                    self.step,
+                    self.rewind_length,
+                    is_first=i == 0,
+                    is_last=i == last,
+                ),
                 self.sink_tokens,
                 formats[0],
                 formats[1] if len(formats) > 1 else None,
@@ -231,72 +186,6 @@ class KvCacheConfig:
             )
             for i, (name, length, formats) in enumerate(held)
         )
-
-    def _of_keys(self, fmt: Format) -> Format:
-        """The store's format of keys with what it can learn: from a handful of tokens, nothing."""
-        if (self.warm_length or self.tail_length) < LEAST_LEARNT:
-            return of_values(fmt)
-        if self.rotary is None and isinstance(fmt, QuantSpec):
-            return dataclasses.replace(fmt, turned_mean=False)
-        return fmt
-
-    def _capacity(
-        self, length: int, is_first: bool, is_last: bool, formats: Sequence[Format]
-    ) -> int:
-        # A tier that passes tokens on is written before it is read, so it needs slots for what
-        # arrives at once besides what is due; a rewind moves the boundary above it by whole
-        # arrivals.
-        arrival = 1 if is_first else self.step
-        rewound = -(-self.rewind_length // arrival) * arrival
-        # A tier that aligns learns its basis when its ring holds nothing: one slot more, so that no
-        # exact rewind leaves it so.
-        learning = self.rewind_length > 0 and any(map(learns, formats))
-        spare = self.rewind_length + learning if is_last else self.step - 1 + max(arrival, rewound)
-        unit = max(channel_group(fmt) for fmt in formats)
-        if length >= LONG_RING:
-            unit = math.lcm(unit, LANES)
-        return -(-(length + spare) // unit) * unit
-
-    def _format(self, precision: Precision, dim: int) -> Format:
-        resolved = self._resolve(_DEFAULT_SPECS[precision], dim) if precision.is_quantized else None
-        return resolved or precision
-
-    def _resolve(self, spec: QuantSpec | None, dim: int) -> QuantSpec | None:
-        if spec is None or spec.group_size is not None:
-            return spec
-        largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
-        return dataclasses.replace(
-            spec,
-            group_size=32 if spec.axis == "channel" else _group_size(dim, largest),
-        )
-
-
-_DEFAULT_SPECS = {
-    Precision.Q8: QuantSpec(8),
-    Precision.Q4: adapting(4),
-    Precision.Q4K: adapting(4, two_level=True),
-    Precision.Q3: adapting(3),
-    Precision.Q2: adapting(2),
-}
-
-
-def _group_size(head_dim: int, largest: int) -> int:
-    """The largest divisor of `head_dim` up to `largest`; where that is less than a quarter of it
-    (101 has but 1), the smallest one beyond."""
-    small = [size for size in range(1, math.isqrt(head_dim) + 1) if head_dim % size == 0]
-    divisors = {*small, *(head_dim // size for size in small)}
-    up_to = max(size for size in divisors if size <= largest)
-    beyond = min((size for size in divisors if size > largest), default=up_to)
-    return beyond if 4 * up_to < largest else up_to
-
-
-def _as_enum(kind: type[Any], name: str, value: Any) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(
-            f"{name}={value!r}: must be one of {[member.value for member in kind]}"
-        ) from None
 
 
 def _check_sizes(config: KvCacheConfig) -> None:
@@ -335,32 +224,16 @@ def _check_sizes(config: KvCacheConfig) -> None:
 
 def _check_groups(config: KvCacheConfig) -> None:
     for index, tier in enumerate(config.chain):
-        for name, fmt, dim in zip(("key", "value"), tier.formats, config.side_dims, strict=False):
-            if isinstance(fmt, QuantSpec):
-                _check_group(config, f"{tier.name} {name}s", fmt, dim, is_first=index == 0)
-
-
-def _check_group(
-    config: KvCacheConfig, where: str, spec: QuantSpec, dim: int, is_first: bool
-) -> None:
-    group, width = spec.group_size, dim * config.num_kv_heads
-    name = "head_dim" if where.endswith("keys") or config.value_dim is None else "value_dim"
-    assert group is not None
-    if spec.axis == "token":
-        if dim % group and group != width:
-            raise ValueError(
-                f"group_size={group} for the {where}: must divide {name}={dim}, "
-                f"or be num_kv_heads * {name} = {width} for one group per token"
-            )
-    elif is_first:
-        raise ValueError(
-            f"axis='channel' for the {where}: groups of tokens need a tier before it; set "
-            "tail_length >= 1"
-        )
-    elif config.step % group:
-        raise ValueError(
-            f"axis='channel' with group_size={group} for the {where}: tokens must arrive in whole "
-            "groups; set "
-            f"migration='batched' and migration_batch (now {config.migration_batch}) to a "
-            f"multiple of {group}"
-        )
+        value = "head_dim" if config.value_dim is None else "value_dim"
+        sizes = zip(("head_dim", value), config.side_dims, strict=False)
+        for side, fmt, size in zip(("keys", "values"), tier.formats, sizes, strict=False):
+            if not isinstance(fmt, QuantSpec):
+                continue
+            where = f"{tier.name} {side}"
+            check_group(where, fmt, size, config.num_kv_heads, is_first=index == 0)
+            if fmt.axis == "channel" and config.step % (fmt.group_size or 1):
+                raise ValueError(
+                    f"axis='channel' with group_size={fmt.group_size} for the {where}: tokens must "
+                    "arrive in whole groups; set migration='batched' and migration_batch (now "
+                    f"{config.migration_batch}) to a multiple of {fmt.group_size}"
+                )

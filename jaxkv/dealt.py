@@ -42,6 +42,17 @@ class _Dealt(Scoring):
 
 
 @dataclasses.dataclass(frozen=True)
+class Asked:
+    """Queries [B, T, N, H] and the options they come with, as the caller gave them; where there is
+    `padding`, it has put the queries together, and the options are in the order it undoes."""
+
+    query: jax.Array
+    scale: ArrayLike | None
+    options: dict[str, Any]
+    padding: Padding | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """Attention of queries [B, T, N, H] at `position` [B, T] over what all devices hold."""
 
@@ -51,25 +62,17 @@ class Attention:
     scoring: Scoring
 
     @classmethod
-    def of(
-        cls,
-        deal: Deal,
-        query: jax.Array,
-        first: jax.Array,
-        count: jax.Array,
-        scale: ArrayLike | None,
-        options: dict[str, Any],
-        padding: Padding | None = None,
-    ) -> Attention:
-        """Of the first `count` [B] queries, at positions `first` [B] and on; options are in the
-        order that `padding` undoes."""
+    def of(cls, deal: Deal, asked: Asked, first: jax.Array, count: jax.Array) -> Attention:
+        """Of the first `count` [B] queries, at positions `first` [B] and on."""
         config = deal.cache.config
-        query = check_query(query, deal.cache.batch_size, config.num_kv_heads, config.head_dim)
+        query = check_query(
+            asked.query, deal.cache.batch_size, config.num_kv_heads, config.head_dim
+        )
         index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         position = jnp.where(index < count[:, None], first[:, None] + index, -1)
-        scoring = scoring_of(config, query, scale, options)
-        if padding is not None:
-            scoring = scoring.reordered(padding.together)
+        scoring = scoring_of(config, query, asked.scale, asked.options)
+        if asked.padding is not None:
+            scoring = scoring.reordered(asked.padding.together)
         return cls(deal, query, position, _Dealt(**vars(scoring), deal=deal))
 
     def over(self, parts: Parts) -> Partial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 
 class Precision(enum.StrEnum):
@@ -169,3 +170,34 @@ def plain(fmt: Format) -> Format:
     return QuantSpec(
         fmt.bits, fmt.group_size, fmt.axis, symmetric=fmt.symmetric, two_level=fmt.two_level
     )
+
+
+def format_of(precision: Precision, spec: QuantSpec | None, dim: int) -> Format:
+    """What a tier of this precision holds heads of `dim` elements in; `spec`, where given, replaces
+    a quantized precision's own recipe. Group sizes are filled in."""
+    if spec is None and precision.is_quantized:
+        spec = _RECIPES[precision]
+    if spec is None or spec.group_size is not None:
+        return spec or precision
+    largest = 32 if spec.two_level else 128 if spec.bits == 8 else 64
+    size = 32 if spec.axis == "channel" else _group_size(dim, largest)
+    return dataclasses.replace(spec, group_size=size)
+
+
+_RECIPES = {
+    Precision.Q8: QuantSpec(8),
+    Precision.Q4: adapting(4),
+    Precision.Q4K: adapting(4, two_level=True),
+    Precision.Q3: adapting(3),
+    Precision.Q2: adapting(2),
+}
+
+
+def _group_size(head_dim: int, largest: int) -> int:
+    """The largest divisor of `head_dim` up to `largest`; where that is less than a quarter of it
+    (101 has but 1), the smallest one beyond."""
+    small = [size for size in range(1, math.isqrt(head_dim) + 1) if head_dim % size == 0]
+    divisors = {*small, *(head_dim // size for size in small)}
+    up_to = max(size for size in divisors if size <= largest)
+    beyond = min((size for size in divisors if size > largest), default=up_to)
+    return beyond if 4 * up_to < largest else up_to

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import ring
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.chain import TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Format, channel_group
 from jaxkv.state import CacheState, check_rows_apart
 from jaxkv.tiers import tokens

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import ring
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.chain import TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Format
 from jaxkv.kernels import dispatch
 from jaxkv.kernels.dispatch import Implementation

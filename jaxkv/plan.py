@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.chain import TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.models.spec import LayerSpec
 from jaxkv.sharding import Axes, check_divides, share, size
 from jaxkv.state import CacheState, init

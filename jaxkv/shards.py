@@ -26,7 +26,7 @@ from jaxkv import drop, update
 from jaxkv.attend import check_room, raw_segments, seen_singly
 from jaxkv.checks import as_counts, as_layer, check_either, check_new_tokens, in_range
 from jaxkv.dealing import Deal, Shards, clear, concatenate, gather, init, stats
-from jaxkv.dealt import Attention
+from jaxkv.dealt import Asked, Attention
 from jaxkv.dealt_files import load, save
 from jaxkv.padding import Padding
 from jaxkv.state import CacheState, segments
@@ -123,30 +123,22 @@ def attend(
     **options: Any,
 ) -> Any:
     """`jaxkv.attend`. The query is split by `Axes.tokens`, options per row and per head alike."""
-    return _attend(shards, query, lengths, None, layer, return_lse, scale, options)
+    return _of_held(shards, lengths, layer, Asked(query, scale, options), return_lse)
 
 
-def _attend(
-    shards: Shards,
-    query: jax.Array,
-    lengths: ArrayLike | None,
-    padding: Padding | None,
-    layer: Index,
-    return_lse: bool,
-    scale: ArrayLike | None,
-    options: dict[str, Any],
+def _of_held(
+    shards: Shards, lengths: ArrayLike | None, layer: Index, asked: Asked, return_lse: bool
 ) -> Any:
-    deal = Deal.of(shards)
+    """Attention of the newest tokens' queries over all that is held."""
+    deal, size = Deal.of(shards), asked.query.shape[1]
     layer, exists = as_layer(layer, deal.cache.num_layers)
-    count = in_range(
-        as_counts("lengths", lengths, deal.cache.batch_size, query.shape[1]), query.shape[1], exists
-    )
+    count = in_range(as_counts("lengths", lengths, deal.cache.batch_size, size), size, exists)
     end = shards.end if layer is None else shards.end[layer]
     first = (
-        end - count if options.get("causal", True) else jnp.maximum(end - count, 0)
+        end - count if asked.options.get("causal", True) else jnp.maximum(end - count, 0)
     )  # more queries than tokens see all of these
-    attention = Attention.of(deal, query, first, count, scale, options, padding)
-    causal, size = attention.scoring.causal, attention.query.shape[1]
+    attention = Attention.of(deal, asked, first, count)
+    causal = attention.scoring.causal
     check_room(deal.cache.config, attention.scoring, size, deal.parts)
 
     def held(position: jax.Array) -> list[Segment]:
@@ -181,11 +173,12 @@ def extend(
     if keys is not None:
         after = append(shards, keys, values, lengths, layer=layer)
         taken, _ = _taken(shards, Deal.of(shards), lengths, keys.shape[1], layer)
+    asked = Asked(query, scale, options, padding)
     if keys is None or keys.shape[1] == 1:
-        out = _attend(after, query, taken, padding, layer, return_lse, scale, options)
+        out = _of_held(after, taken, layer, asked, return_lse)
     else:
         sides = tuple(side for side in (keys, values) if side is not None)
-        out = _of_prompt(shards, query, sides, taken, padding, layer, return_lse, scale, options)
+        out = _of_prompt(shards, sides, taken, layer, asked, return_lse)
     return after, out if padding is None else jax.tree.map(padding.apart, out)
 
 
@@ -203,14 +196,11 @@ def prefill(
 
 def _of_prompt(
     shards: Shards,
-    query: jax.Array,
     sides: tuple[jax.Array, ...],
     count: jax.Array,
-    padding: Padding | None,
     layer: Index,
+    asked: Asked,
     return_lse: bool,
-    scale: ArrayLike | None,
-    options: dict[str, Any],
 ) -> Any:
     """Attention over raw tokens, `count` [B] of each row, and over all that is held without
     them."""
@@ -219,7 +209,7 @@ def _of_prompt(
     end = shards.end if layer is None else shards.end[layer]
     first, stop = deal.below(end), deal.below(end + count)
     new = raw_segments(config, tuple(deal.own(x, end) for x in sides), stop - first, first)
-    attention = Attention.of(deal, query, end, count, scale, options, padding)
+    attention = Attention.of(deal, asked, end, count)
 
     def seen(at: jax.Array) -> list[Segment]:
         parts = [*segments(deal.cache, layer), *new]

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import ring
+from jaxkv.chain import TierSpec
 from jaxkv.checks import as_int
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.devices import copy, settled
 from jaxkv.formats import QuantSpec
 from jaxkv.status import joined

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv.config import KvCacheConfig, TierSpec
+from jaxkv.chain import TierSpec
+from jaxkv.config import KvCacheConfig
 from jaxkv.state import CacheState, segments
 from jaxkv.tiers import tokens
 from jaxkv.trees import node

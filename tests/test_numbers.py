@@ -28,7 +28,7 @@ from laws import (
 
 import jaxkv
 from jaxkv import KvCacheConfig, Precision, QuantSpec, Status, reference, softmax
-from jaxkv.config import TierSpec
+from jaxkv.chain import TierSpec
 from jaxkv.formats import channel_group
 from jaxkv.presets import PRESETS
 from jaxkv.reference.formats import finite

@@ -28,7 +28,7 @@ from jaxkv import (
     init,
     softmax,
 )
-from jaxkv.config import TierSpec
+from jaxkv.chain import TierSpec
 from jaxkv.kernels import dispatch, pallas_gpu, xla
 from jaxkv.kernels.pallas_codes import side
 from jaxkv.kernels.pallas_kernel import Plan, steps

@@ -15,8 +15,8 @@ from lowering import KERNEL, lowered
 
 import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision, QuantSpec
+from jaxkv.chain import TierSpec
 from jaxkv.codec import rotation
-from jaxkv.config import TierSpec
 from jaxkv.kernels import dispatch, pallas_write
 from jaxkv.tiers import tokens
 from jaxkv.tiers.place import Index, Run

@@ -12,7 +12,7 @@ import pytest
 
 import jaxkv
 from jaxkv import platform
-from jaxkv.config import LANES
+from jaxkv.chain import LANES
 from jaxkv.tiers.place import Run, scatter, windows
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from laws import assert_within, exact_attention, extend, over, start
 
 import jaxkv
 from jaxkv import platform, shards
-from jaxkv.config import LANES
+from jaxkv.chain import LANES
 from jaxkv.kernels import xla
 from jaxkv.sharding import Axes
 from jaxkv.state import segments

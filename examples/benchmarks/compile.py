@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cpu_peers import device_name, instruction_sets
+from cpu_peers import machine, machine_line
 from jax import lax
 from tqdm import tqdm
 
@@ -107,13 +107,7 @@ def run(quick: bool) -> dict[str, Any]:
         "dense bf16": lambda **how: dense(layers, **how),
     }
     cases = [(name, scanned) for name in programs for scanned in (False, True)]
-    found: dict[str, Any] = {
-        "device": device_name(),
-        "instruction_sets": instruction_sets(),
-        "jax": jax.__version__,
-        "layers": layers,
-        "programs": {},
-    }
+    found: dict[str, Any] = machine() | {"layers": layers, "programs": {}}
     jax.jit(jnp.sin).lower(1.0).compile()  # what starting XLA itself takes
     for name, scanned in tqdm(cases, "compile"):
         found["programs"].setdefault(name, {})["scanned" if scanned else "unrolled"] = times(
@@ -123,10 +117,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    print(
-        f"{found['device']} ({', '.join(found['instruction_sets'])}), jax {found['jax']}; "
-        f"{found['layers']} layers; seconds"
-    )
+    print(f"{machine_line(found)}; {found['layers']} layers; seconds")
     for name, ways in found["programs"].items():
         for way, row in ways.items():
             print(

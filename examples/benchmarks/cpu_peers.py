@@ -34,6 +34,19 @@ def device_name() -> str:
 SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "device": device_name(),
+        "instruction_sets": instruction_sets(),
+        "jax": jax.__version__,
+    }
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    return f"{found['device']} ({', '.join(found['instruction_sets'])}), jax {found['jax']}"
+
+
 def instruction_sets() -> list[str]:
     """Those that XLA and torch choose between, as far as the processor has them: figures with AMX
     and without are of different machines."""

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cpu_peers import device_name, instruction_sets
+from cpu_peers import machine, machine_line
 from tqdm import tqdm
 from turns import medians
 
@@ -109,13 +109,7 @@ def peers(shape: str, held: int, size: int) -> dict[str, Call]:
 
 def run(quick: bool) -> dict[str, Any]:
     cases = [("GQA 32/8/128", 0, 256), ("GQA 32/8/128", 512, 64)] if quick else CASES
-    found: dict[str, Any] = {
-        "device": device_name(),
-        "instruction_sets": instruction_sets(),
-        "threads": THREADS,
-        "jax": jax.__version__,
-        "prefill_ms": {},
-    }
+    found: dict[str, Any] = machine() | {"threads": THREADS, "prefill_ms": {}}
     for shape, held, size in tqdm(cases, "prefill"):
         calls = ours(shape, held, size, "Q4") | peers(shape, held, size)
         name = f"{size:,}" + (f" after {held:,}" if held else "")
@@ -124,10 +118,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    print(
-        f"{found['device']} ({', '.join(found['instruction_sets'])}), {found['threads']} threads, "
-        f"jax {found['jax']}; ms, and the ratio to torch"
-    )
+    print(f"{machine_line(found)}, {found['threads']} threads; ms, and the ratio to torch")
     for shape, sizes in found["prefill_ms"].items():
         for size, times in sizes.items():
             peer = times.get("torch bf16")

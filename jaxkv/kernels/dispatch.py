@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import platform
-from jaxkv.config import TierSpec
+from jaxkv.chain import TierSpec
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels import xla
 from jaxkv.kernels.xla import Adjust, Visible

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv import platform
-from jaxkv.config import LANES
+from jaxkv.chain import LANES
 from jaxkv.formats import QuantSpec
 from jaxkv.kernels.blocks import Blocks
-from jaxkv.kernels.formats import reader
 from jaxkv.kernels.materialized import computed_once
+from jaxkv.kernels.readers import reader
 from jaxkv.kernels.walk import walk
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.tiers.place import Index

@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 
 from jaxkv import drop, ring, update
 from jaxkv.attend import attend as attend_to
-from jaxkv.config import KvCacheConfig, Overflow, TierSpec
+from jaxkv.chain import TierSpec
+from jaxkv.config import KvCacheConfig, Overflow
 from jaxkv.formats import Format
 from jaxkv.gather import gather as gather_tokens
 from jaxkv.migration import ALIGN_TOKENS

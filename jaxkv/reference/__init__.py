@@ -3,8 +3,8 @@
 A row is a Python list of all its tokens since the last `clear` (a token's index is its position),
 each as it was given and as every tier that it has entered gives it back, plus one number per tier:
 the first position whose data is still there. All the rest is derived from these by the rules in
-`_starts`: which tier holds a token, what is evicted. One layer, no jit. Verbs take a state first
-and return a new one.
+`row.starts_of`: which tier holds a token, what is evicted. One layer, no jit. Verbs take a state
+first and return a new one.
 """
 
 from jaxkv.reference.adapted import Adapted, adapted, neutral, turned
@@ -18,14 +18,9 @@ from jaxkv.reference.attention import (
 )
 from jaxkv.reference.cache import (
     ReferenceState,
-    Row,
     append,
     clear,
-    counts,
     evict,
-    first_positions,
-    gather,
-    held,
     init,
     keep,
     migrate,
@@ -43,6 +38,8 @@ from jaxkv.reference.formats import (
     rotate,
     to_groups,
 )
+from jaxkv.reference.reading import counts, gather, held
+from jaxkv.reference.row import Row, first_positions
 
 __all__ = [
     "FLOATS",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxkv.config import TierSpec
+from jaxkv.chain import TierSpec
 from jaxkv.formats import QuantSpec
 from jaxkv.reference.formats import Array
 from jaxkv.rotary import Rotary

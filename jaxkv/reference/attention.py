@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxkv.formats import LARGEST
-from jaxkv.reference.cache import ReferenceState, append, as_pairs, held, per_row
+from jaxkv.reference.cache import ReferenceState, append, per_row
 from jaxkv.reference.formats import Array, finite
+from jaxkv.reference.reading import held
+from jaxkv.reference.row import as_pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.config import LANES
+from jaxkv.chain import LANES
 from jaxkv.tiers.pages import Pages
 from jaxkv.trees import node
 

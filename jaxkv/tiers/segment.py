@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.config import TierSpec
+from jaxkv.chain import TierSpec
 from jaxkv.formats import plain
 from jaxkv.tiers import tokens
 from jaxkv.tiers.pages import Pages

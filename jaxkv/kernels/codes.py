@@ -1,129 +1,20 @@
-"""How a block of each format is multiplied: scores from keys, weighted sums from values, without a
-dequantized copy.
-
-Each format is a class of pure functions with the same five methods. Keys: `query` prepares queries
-once per step, `scores` uses them on a block. Values: `zeros` starts a sum, `weigh` gives a block's
-share, `finish` turns the sum into outputs. Shapes: B rows, K kv heads, R queries of a head, S slots
-of the block, H head dim, W words of a head, g group size.
-"""
+"""How quantized tiers are multiplied (`readers`): integer products of codes, scales outside."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxkv import codec, platform
-from jaxkv.formats import Format, Precision, QuantSpec
+from jaxkv import codec
+from jaxkv.formats import QuantSpec
 from jaxkv.kernels import digits
-from jaxkv.kernels.materialized import computed_once, laid_out, leading
-from jaxkv.tiers import tokens
+from jaxkv.kernels.floats import dot, zeros
+from jaxkv.kernels.materialized import computed_once, laid_out
 from jaxkv.tiers.tokens import Tokens
-
-EXACT = lax.Precision.HIGHEST
-
-
-class Reader(Protocol):
-    def query(self, query: jax.Array) -> Any: ...
-    def scores(self, operand: Any, block: Tokens) -> jax.Array: ...
-    def zeros(self, shape: tuple[int, ...]) -> Any: ...
-    def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any: ...
-    def finish(self, total: Any) -> tuple[jax.Array, jax.Array]: ...
-
-
-def reader(fmt: Format, head_dim: int, never: jax.Array) -> Reader:
-    """The reader of a format; `never` is a traced False (see `computed_once`)."""
-    if isinstance(fmt, Precision):
-        in_terms = fmt is Precision.BF16 and platform.multiplies_bfloat16()
-        return (Terms if in_terms else Floats)(never, head_dim)
-    return (
-        ChannelGroups(never, head_dim, fmt)
-        if fmt.axis == "channel"
-        else TokenGroups(never, head_dim, fmt)
-    )
-
-
-def _zeros(*shape: int) -> jax.Array:
-    return jnp.zeros(shape, jnp.float32)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
-    """Float32 product over the last axis of a and axis `contract` of b, leading axes shared."""
-    batch = tuple(range(a.ndim - 2))
-    dims = (((a.ndim - 1,), (b.ndim + contract,)), (batch, batch))
-    return lax.dot_general(a, b, dims, precision=EXACT, preferred_element_type=jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Floats:
-    """Float tiers: the block itself is the operand, in float32."""
-
-    never: jax.Array
-    head_dim: int
-
-    def query(self, query: jax.Array) -> Any:
-        return query
-
-    def scores(self, operand: Any, block: Tokens) -> jax.Array:
-        return self.scored(
-            operand, laid_out(self.never, [self.widened(block.data)], self.head_dim)[0]
-        )
-
-    def zeros(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        return _zeros(*shape, self.head_dim), _zeros(*shape, 1)
-
-    def weigh(
-        self, weights: jax.Array, block: Tokens, valid: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        values = laid_out(self.never, [block.data], self.head_dim)[0]
-        keep = computed_once(self.never, valid.astype(jnp.float32))[:, None, :, None] > 0
-        values = self.widened(jnp.where(keep, values, 0))
-        return self.product(self.query(weights), values, -2), weights.sum(-1, keepdims=True)
-
-    def finish(self, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return total[0], total[1][..., 0]
-
-    def widened(self, data: jax.Array) -> jax.Array:
-        return tokens.floats(data)
-
-    def scored(self, operand: Any, data: jax.Array) -> jax.Array:
-        # The block as the left operand: 150 instead of 280 us for 320 tokens of 8 heads; a right
-        # one is transposed in memory first.
-        return jnp.swapaxes(_dot(data, operand, -1), -1, -2)
-
-    def product(self, operand: Any, data: jax.Array, contract: int) -> jax.Array:
-        return _dot(operand, data, contract)
-
-
-class Terms(Floats):
-    """bfloat16 tiers: the block as it lies is the operand, the other one a sum of three bfloat16
-    terms, which is all of a float32.
-
-    Where XLA has units for such products. Without (AVX2), 16,384 tokens of MQA take 47 ms in terms
-    and 12 in float32, of GQA 32/8/128 44 and 22.
-    """
-
-    def query(self, query: jax.Array) -> jax.Array:
-        terms = []
-        for _ in range(3):
-            terms.append(leading(query))
-            query = query - terms[-1]
-        return jnp.concatenate(terms, axis=2).astype(jnp.bfloat16)
-
-    def widened(self, data: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(data, jnp.bfloat16)
-
-    def scored(self, operand: jax.Array, data: jax.Array) -> jax.Array:
-        return self.product(operand, data, -1)
-
-    def product(self, operand: jax.Array, data: jax.Array, contract: int) -> jax.Array:
-        products = _dot(operand, data, contract)
-        first, second, third = jnp.split(products, 3, axis=2)
-        return first + second + third
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +105,7 @@ class TokenGroups(_Coded):
         rows, sums, unit = operand
         scale, zero_point = computed_once(self.never, _scales(self.spec, block))
         columns = jnp.concatenate([zero_point, scale], axis=2)
-        score = _dot(sums, jnp.broadcast_to(columns, (*sums.shape[:2], *columns.shape[2:])), -2)
+        score = dot(sums, jnp.broadcast_to(columns, (*sums.shape[:2], *columns.shape[2:])), -2)
         for part, (codes, weight) in enumerate(self.codes(block)):
             found = digits.dot_rows(rows[part], codes, -1) * weight  # [B, K, n, R, S]
             for index, group in enumerate(self.groups_of(part)):
@@ -222,8 +113,8 @@ class TokenGroups(_Coded):
         return score * unit
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        parts = [_zeros(*shape, self.words)] * self.spec.parts
-        return parts, _zeros(*shape, 1 + 2 * self.num_groups)
+        parts = [zeros(*shape, self.words)] * self.spec.parts
+        return parts, zeros(*shape, 1 + 2 * self.num_groups)
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
         scale, zero_point = computed_once(
@@ -243,7 +134,7 @@ class TokenGroups(_Coded):
             found = digits.dot_rows(counts, codes, -2) * (unit * weight)  # [B, K, n, R, W]
             out.append(jnp.where(self.inside(part), found, 0.0).sum(2))
         columns = jnp.concatenate([jnp.ones_like(scale[:, :, :1]), zero_point, scale], axis=2)
-        return out, _dot(
+        return out, dot(
             weights, jnp.broadcast_to(columns, (*weights.shape[:2], *columns.shape[2:])), -1
         )
 
@@ -273,13 +164,13 @@ class ChannelGroups(_Coded):
         scaled = operand[:, :, None] * scale[:, :, :, None]  # [B, K, S // g, R, H]
         fixed, unit = digits.of_signed(scaled)
         score = self.lacking(scaled).sum(-1, keepdims=True)
-        score = score + jnp.moveaxis(_dot(operand, zero_point, -1), -1, -2)[..., None]
+        score = score + jnp.moveaxis(dot(operand, zero_point, -1), -1, -2)[..., None]
         for part, (codes, weight) in zip(self.parts(fixed), self.codes(block), strict=True):
             score = score + digits.dot(part, self.by_group(codes), -1) * (unit * weight)
         return jnp.moveaxis(score, -2, -3).reshape(*operand.shape[:3], -1)
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
-        return _zeros(*shape, self.head_dim), _zeros(*shape, 1)
+        return zeros(*shape, self.head_dim), zeros(*shape, 1)
 
     def weigh(self, weights: jax.Array, block: Tokens, valid: jax.Array) -> Any:
         used = self.by_group(valid[:, None, :, None])[..., 0].any(-1)[
@@ -294,7 +185,7 @@ class ChannelGroups(_Coded):
         for part_scale, (codes, weight) in zip(self.parts(scale), self.codes(block), strict=True):
             summed = digits.dot(fixed, self.by_group(codes), -2) * part_scale[:, :, :, None]
             out.append((summed * unit).sum(2) * weight)
-        rest = _dot(totals, zero_point + self.lacking(scale), -2)
+        rest = dot(totals, zero_point + self.lacking(scale), -2)
         return self.joined(out) + rest, totals.sum(-1, keepdims=True)
 
     def finish(self, total: Any) -> tuple[jax.Array, jax.Array]:
