@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxkv import softmax
 from jaxkv.chain import TierSpec
-from jaxkv.checks import as_counts, as_layer, check_query, in_range
+from jaxkv.checks import as_counts, as_int, as_layer, check_query, in_range
 from jaxkv.config import KvCacheConfig
 from jaxkv.formats import Precision
-from jaxkv.kernels import dispatch
-from jaxkv.kernels.segments import over_segments, unfold
+from jaxkv.kernels import dispatch, sparse
+from jaxkv.kernels.queries import unfold
+from jaxkv.kernels.segments import over_segments
 from jaxkv.kernels.traced import once
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
@@ -23,6 +26,7 @@ from jaxkv.state import CacheState, segments
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment, Tier
+from jaxkv.tiers.summaries import Summaries
 from jaxkv.tiers.tokens import Tokens, float_data
 
 
@@ -35,6 +39,8 @@ def attend(
     lengths: ArrayLike | None = None,
     layer: Index = None,
     return_lse: bool = False,
+    return_mass: bool = False,
+    top_pages: int | None = None,
     implementation: dispatch.Implementation = None,
     **options: Any,
 ) -> Any:
@@ -56,18 +62,61 @@ def attend(
       layer: required where the state has layers; int or traced. A traced layer that the state does
         not have gives zeros.
       return_lse: also return the log of the softmax's denominator.
+      return_mass: of a pool, also return what share of their weight the queries gave to each page.
+      top_pages: of a pool with summaries, read for each kv head only so many pages of the last
+        tier, those in which its queries may find the best scores, besides the sinks, the other
+        tiers, pages that are not full and, where there is a window, all that it shows (Quest; Tang
+        et al. 2024). Exact, bit for bit, where that is all.
       implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
       whatever suits the platform. **options: the fields of `Scoring`: causal, window, window_sinks,
       soft_cap, decay, bias, mask, sink_logits.
 
     Returns:
       [B, T, N, V] in the query's dtype. A query that sees no token gives zeros; T = 0 gives
-      [B, 0, N, V]. With `return_lse`, also [B, T, N] float32.
+      [B, 0, N, V]. With `return_lse`, also [B, T, N] float32, and where `top_pages` is given a
+      bound of the share of the weight that was left out, [B, T, N] too. With `return_mass`, also
+      [B, K, P] float32 by columns of the rows' tables, summed over the queries of a kv head.
+
+    Raises:
+      ValueError: shapes, options or a layer that do not fit the state; pages of a state without.
     """
     config = state.config
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
-    return attention(state, query, lengths, scoring, layer, return_lse, implementation)
+    wanted = Wanted(return_lse, return_mass, top_pages).checked(state, implementation)
+    return attention(state, query, lengths, scoring, layer, wanted, implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What of a cache is read, and what is returned besides the output; see `attend`."""
+
+    lse: bool = False
+    mass: bool = False
+    top_pages: int | None = None
+
+    def checked(self, state: CacheState, implementation: dispatch.Implementation) -> Wanted:
+        if not self.by_page:
+            return self
+        if state.pages is None:
+            raise ValueError(
+                "top_pages and return_mass read page by page, and the state has no pages: make a "
+                "pool with jaxkv.paged.init, of one row if there is one"
+            )
+        if implementation == "pallas":
+            raise ValueError("implementation='pallas': the kernel does not read single pages")
+        if self.top_pages is None:
+            return self
+        if state.summaries is None:
+            raise ValueError(
+                f"top_pages={self.top_pages}: the pool's pages have no summaries; make it with "
+                "jaxkv.paged.init(..., summaries=True)"
+            )
+        return dataclasses.replace(self, top_pages=as_int("top_pages", self.top_pages, 1))
+
+    @property
+    def by_page(self) -> bool:
+        return self.mass or self.top_pages is not None
 
 
 def attention(
@@ -76,16 +125,14 @@ def attention(
     lengths: ArrayLike | None,
     scoring: Scoring,
     layer: Index,
-    return_lse: bool,
+    wanted: Wanted,
     implementation: dispatch.Implementation,
 ) -> Any:
     """`attend` with its options checked."""
     config = state.config
     layer, exists = as_layer(layer, state.num_layers)
     if query.shape[1] == 0:
-        lse = jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-        out = jnp.zeros((*query.shape[:3], config.output_dim), query.dtype)
-        return (out, lse) if return_lse else out
+        return _of_none(state, query, wanted)
     count = in_range(
         as_counts("lengths", lengths, state.batch_size, query.shape[1]), query.shape[1], exists
     )
@@ -102,8 +149,64 @@ def attention(
         each_its_own = scoring.causal and query.shape[1] > 1
         return segments(state, layer, position + 1 if each_its_own else None)
 
+    if wanted.by_page:
+        return _by_page(held, query, position, scoring, sinks, wanted, state.summaries)
     partial = over_segments(held, query, position, scoring, sinks, implementation)
-    return finish([partial], scoring, query, return_lse)
+    return finish([partial], scoring, query, wanted.lse)
+
+
+def _of_none(state: CacheState, query: jax.Array, wanted: Wanted) -> Any:
+    """`attention` of no queries [B, 0, N, H]."""
+    out = jnp.zeros((*query.shape[:3], state.config.output_dim), query.dtype)
+    found = [out, *[jnp.zeros(query.shape[:3], jnp.float32)] * wanted.lse]
+    found += found[1:] if wanted.top_pages is not None else []
+    if wanted.mass and state.pages is not None:
+        shape = state.batch_size, state.config.num_kv_heads, state.pages.table.shape[1]
+        found.append(jnp.zeros(shape, jnp.float32))
+    return tuple(found) if len(found) > 1 else out
+
+
+def _by_page(
+    held: Callable[[jax.Array], list[Segment]],
+    query: jax.Array,
+    position: jax.Array,
+    scoring: Scoring,
+    sinks: int,
+    wanted: Wanted,
+    summaries: Summaries | None,
+) -> Any:
+    """`attention` over a pool whose pages are chosen, or weighed."""
+    *others, last = held(position)
+
+    def whole() -> sparse.Paged:
+        partial = over_segments(held, query, position, scoring, sinks, "xla")
+        return sparse.nothing_left(partial, last)
+
+    def some() -> sparse.Paged:
+        reading = sparse.Reading(summaries, wanted.top_pages, wanted.mass)
+        found = sparse.over_pages(last, query, position, scoring, sinks, reading)
+        if not others:
+            return found
+        rest = over_segments(lambda at: held(at)[:-1], query, position, scoring, sinks, "xla")
+        return found.beside(rest)
+
+    if wanted.mass or wanted.top_pages is None:
+        found = some()
+    else:
+        newest = scoring.reach(position, sinks)[1]
+        all_read = sparse.covers(last, scoring, newest, wanted.top_pages)
+        found = lax.switch(all_read.astype(jnp.int32), [some, whole])
+    out, lse = finish([found.partial], scoring, query, True)
+    results = [out]
+    if wanted.lse:
+        results.append(lse)
+        if wanted.top_pages is not None:
+            left = unfold(found.left[..., None], query)[..., 0]
+            share = jax.nn.sigmoid(left - jnp.maximum(lse, softmax.FLOOR))
+            results.append(jnp.where(jnp.isneginf(left), 0.0, share))
+    if wanted.mass:
+        results.append(found.shares(scoring.sink_partial(found.partial.out.shape)))
+    return tuple(results) if len(results) > 1 else out
 
 
 def check_room(config: KvCacheConfig, scoring: Scoring, size: int, parts: int = 1) -> None:

@@ -47,7 +47,8 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
       ValueError: more than is held, or less than 0. Inside jit such a row stays as it was and gets
         `Status.REWIND_TOO_MANY` or `Status.OUT_OF_RANGE`. A rewind that would leave a part of a
         group of `axis="channel"` codes without its float tokens is refused alike, with
-        `Status.REWIND_CUTS_GROUP`.
+        `Status.REWIND_CUTS_GROUP`; and one after which the store's newest token would be one that
+        `paged.compress` has dropped, with `Status.REWIND_INTO_GAP`.
     """
     config, given = state.config, as_counts("count", count, state.batch_size, None)
     given = _of_layers(state, given)
@@ -57,15 +58,17 @@ def rewind(state: CacheState, count: ArrayLike) -> CacheState:
     end = state.end - given
     kept = _reachable(config, end, state.kept)
     cuts = _cuts_group(config, end, kept) & (given > 0)
-    refused = out_of_range | cuts
-    if is_concrete(refused) and bool(np.any(cuts & ~out_of_range)):
+    gap = _into_gap(state, end, kept) & (given > 0)
+    refused = out_of_range | cuts | gap
+    if is_concrete(refused) and bool(np.any((cuts | gap) & ~out_of_range)):
+        what = "cut a frozen group of channel codes" if np.any(cuts) else "end in compressed tokens"
         raise ValueError(
-            f"count={np.asarray(given).tolist()}: the rewind would cut a frozen group of channel "
-            "codes; set rewind_length "
+            f"count={np.asarray(given).tolist()}: the rewind would {what}; set rewind_length "
             f"(now {config.rewind_length}) to the deepest rewind you need"
         )
     status = _flag_count(state, given, out_of_range, Status.REWIND_TOO_MANY)
     status = flagged(status, cuts & ~out_of_range, Status.REWIND_CUTS_GROUP)
+    status = flagged(status, gap & ~out_of_range, Status.REWIND_INTO_GAP)
     end = jnp.where(refused, state.end, end)
     lost = jnp.where(refused[..., None], state.lost, kept - config.sink_tokens)
     return _trimmed(dataclasses.replace(state, end=end, lost=lost, refused=status))
@@ -129,6 +132,15 @@ def _flag_count(
 ) -> jax.Array:
     status = flagged(state.refused, refused & (count >= 0), too_many)
     return flagged(status, refused & (count < 0), Status.OUT_OF_RANGE)
+
+
+def _into_gap(state: CacheState, end: jax.Array, kept: jax.Array) -> jax.Array:
+    """Whether the newest token in the last tier of rows that end so was compressed away."""
+    if state.pages is None:
+        return jnp.zeros_like(end, bool)
+    lows = ring.starts(state.config, end, kept)
+    low, high = lows[-1], ring.uppers(state.config, end, lows)[-1]
+    return (low < high) & ~state.pages.holds(high - 1)
 
 
 def clear(state: CacheState, rows: ArrayLike | None = None) -> CacheState:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkv.attend import (
+    Wanted,
     attention,
     finish,
     raw_segments,
@@ -46,6 +47,7 @@ def extend(
     scale: ArrayLike | None = None,
     layer: Index = None,
     return_lse: bool = False,
+    top_pages: int | None = None,
     implementation: dispatch.Implementation = None,
     **options: Any,
 ) -> tuple[CacheState, Any]:
@@ -65,6 +67,8 @@ def extend(
       valid: [B, T] bool, False for padding, on either side or in the middle: it never enters the
         cache, and gets zeros. Outputs, masks, biases and windows are in the caller's order.
       lengths: [B], instead of valid: the first lengths[b] tokens of row b are valid.
+      top_pages: as for `attend`, for one token and for layers that only look. Several tokens read
+        all that they may see.
       scale, layer, return_lse, implementation, **options: as for `attend`. Masks and biases are by
         position in the cache, where padding has none.
 
@@ -77,9 +81,10 @@ def extend(
     config, size = state.config, jnp.shape(query)[1] if jnp.ndim(query) > 1 else 0
     query = check_query(query, state.batch_size, config.num_kv_heads, config.head_dim)
     scoring = scoring_of(config, query, scale, options)
+    wanted = Wanted(return_lse, False, top_pages).checked(state, implementation)
     check_either(lengths, valid)
     if size == 0:
-        return state, attention(state, query, None, scoring, layer, return_lse, implementation)
+        return state, attention(state, query, None, scoring, layer, wanted, implementation)
     sides: tuple[jax.Array, ...] = ()
     if keys is not None or values is not None:
         sides = check_new_tokens(
@@ -99,11 +104,9 @@ def extend(
 
     if not sides or size == 1:
         state = appended() if sides else state
-        out = attention(state, query, taken, scoring, layer, return_lse, implementation)
+        out = attention(state, query, taken, scoring, layer, wanted, implementation)
     else:
-        state, out = _of_prompt(
-            state, query, sides, taken, scoring, layer, return_lse, implementation
-        )
+        state, out = _of_prompt(state, query, sides, taken, scoring, layer, wanted, implementation)
         state = appended()
     return state, out if padding is None else jax.tree.map(padding.apart, out)
 
@@ -128,7 +131,7 @@ def _of_prompt(
     lengths: ArrayLike | None,
     scoring: Scoring,
     layer: Index,
-    return_lse: bool,
+    wanted: Wanted,
     implementation: dispatch.Implementation,
 ) -> tuple[CacheState, Any]:
     """Attention over the tokens' own raw keys and values and all that the cache holds without them;
@@ -153,5 +156,7 @@ def _of_prompt(
     # A sum is never less than 0, which XLA cannot foresee: what is written waits for what was read,
     # and the cache needs no copy for it.
     after = jnp.where(found.sum[:, 0, 0].min() < 0, 0, state.end)
-    out = finish([found], scoring, query, return_lse)
+    out = finish([found], scoring, query, wanted.lse)
+    if wanted.lse and wanted.top_pages is not None:
+        out = *out, jnp.zeros_like(out[1])  # nothing was left out
     return dataclasses.replace(state, end=after), out

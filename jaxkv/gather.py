@@ -21,7 +21,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
 
     Returns:
       keys [B, P, K, H], values [B, P, K, V] float32, zeros where empty; P = max_tokens.
-      positions: [B, P] int32, -1 where empty.
+      positions: [B, P] int32, -1 where empty, also in place of what was compressed away.
       With several layers and no `layer`, each has a leading axis L.
     """
     if layer is None and state.num_layers is not None:
@@ -39,8 +39,10 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
     position = jnp.where((position < end[:, None]) & exists, position, -1)
     config, shape = state.config, (*position.shape, state.config.num_kv_heads)
     sides = [jnp.zeros((*shape, dim), jnp.float32) for dim in config.side_dims]
+    held = jnp.zeros(position.shape, bool)
     for part in parts:
-        inside = (position >= part.low[:, None]) & (position < part.high[:, None])
+        inside = part.holds(position)
+        held |= inside
         found = [
             _tokens_at(part, held, fmt, position, layer)
             for held, fmt in zip(part.tier.sides, part.spec.formats, strict=True)
@@ -52,7 +54,7 @@ def gather(state: CacheState, *, layer: Index = None) -> tuple[jax.Array, jax.Ar
             for old, new in zip(sides, found, strict=True)
         ]
     keys, values = sides[0], sides[-1][..., : config.output_dim]
-    return keys, values, position
+    return keys, values, jnp.where(held, position, -1)
 
 
 def _tokens_at(

@@ -21,6 +21,7 @@ from jaxkv.tiers.entry import finite
 from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment, Tier
+from jaxkv.tiers.summaries import Summaries
 from jaxkv.tiers.tokens import Tokens
 from jaxkv.trees import node
 
@@ -43,6 +44,7 @@ class CacheState:
     changed: jax.Array  # [B, K] or [L, B, K] int32: Status bits of what entered changed, sticky
     config: KvCacheConfig = dataclasses.field(metadata={"static": True})
     pages: Pages | None = None  # where the last tier's tokens lie in the pages of a pool
+    summaries: Summaries | None = None  # of those pages, and the one that is nobody's
 
     def __repr__(self) -> str:
         return summary("CacheState", self.config, self.end)

@@ -41,8 +41,8 @@ def stats(state: CacheState) -> KvCacheStats:
     tokens_of = dict.fromkeys(("sinks", "hot", "warm", "cold"), jnp.zeros_like(state.end))
     bytes_of = dict.fromkeys(tokens_of, jnp.float32(0))
     for part in segments(state):
-        tokens_of[part.spec.name] = part.high - part.low
-        held = (part.high - part.low).astype(jnp.float32)  # int32 would not hold their sum
+        tokens_of[part.spec.name] = part.count()
+        held = part.count().astype(jnp.float32)  # int32 would not hold their sum
         bytes_of[part.spec.name] = held.sum() * bytes_per_token(state.config, part.spec)
     total = sum(tokens_of.values(), jnp.zeros_like(state.end))
     tail, store = bytes_of["sinks"] + bytes_of["hot"], bytes_of["warm"] + bytes_of["cold"]

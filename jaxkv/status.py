@@ -26,6 +26,7 @@ class Status(enum.IntFlag):
     OUT_OF_POSITIONS = 64  # a position beyond `ring.MOST`, as int32 counts them
     OUT_OF_PAGES = 128  # the pool's free pages do not suffice, or none were reserved
     FULL = 256  # an append would have evicted, and the config says overflow="refuse"
+    REWIND_INTO_GAP = 512  # the newest token that a rewind would leave was compressed away
 
 
 def flagged(status: jax.Array, where: jax.Array, bit: Any, layer: Any = None) -> jax.Array:

@@ -35,6 +35,7 @@ from jaxkv.state import CacheState
 from jaxkv.status import Status, flagged
 from jaxkv.tiers import entry
 from jaxkv.tiers.place import Index
+from jaxkv.tiers.summaries import completed
 from jaxkv.tiers.tokens import Sliced
 
 
@@ -152,7 +153,13 @@ def _append(
     if sinks is not None:
         new = dataclasses.replace(new, first=end, stop=jnp.minimum(new_end, config.sink_tokens))
         sinks = store(sinks, config.sink_spec, new, layer, implementation)
-    moved = dataclasses.replace(state, sinks=sinks, tiers=tiers, changed=changed)
+    summaries = state.summaries
+    if summaries is not None and state.pages is not None:
+        keys, last, written = tiers[-1].keys, config.chain[-1], due(config, end, kept, count)
+        summaries = completed(summaries, keys, last, state.pages, written, new_low[-1], layer)
+    moved = dataclasses.replace(
+        state, sinks=sinks, tiers=tiers, changed=changed, summaries=summaries
+    )
     return _at(
         moved, layer, new_end, ring.still_kept(config, kept, ring.uppers(config, new_end, new_low))
     )

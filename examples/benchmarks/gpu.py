@@ -37,7 +37,7 @@ import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision
 from jaxkv.codec.scales import stored_scale
 from jaxkv.kernels import dispatch, pallas_gpu, pallas_write, xla
-from jaxkv.kernels.segments import fold
+from jaxkv.kernels.queries import fold
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import normalize
 from jaxkv.state import segments

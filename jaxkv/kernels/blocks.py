@@ -52,6 +52,18 @@ class Blocks:
         place = layer, row, head
         return Tokens(**{name: self._cut(name, start, size, place) for name in self.arrays})
 
+    def joined(self, pieces: Tokens) -> Tokens:
+        """Pieces [B, n, ...] of n places as if they lay one behind the other: [B, ...]."""
+
+        def one(name: str, x: jax.Array) -> jax.Array:
+            axis = -2 if name in SCALES and channel_group(self.fmt) > 1 else -1
+            x = jnp.moveaxis(x, 1, axis - 1)
+            shape = list(x.shape)
+            shape[axis - 1 :] = [shape[axis - 1] * shape[axis], *shape[axis:][1:]]
+            return x.reshape(shape)
+
+        return Tokens(**{name: one(name, getattr(pieces, name)) for name in self.arrays})
+
     def _cut(
         self, name: str, start: jax.Array, size: int, place: tuple[Index, Index, Index]
     ) -> jax.Array:

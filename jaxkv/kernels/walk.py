@@ -4,6 +4,7 @@ pages of each row."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxkv import ring
 from jaxkv.kernels.blocks import Blocks
+from jaxkv.tiers.pages import Pages
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import Tokens
@@ -36,10 +38,10 @@ class Walk(Protocol):
 
 
 def walk(part: Segment, newest: jax.Array, size: int) -> Walk:
-    """The blocks that hold positions of a segment up to `newest` [B]; `size` is a ring's."""
+    """The blocks, of about `size` slots, that hold positions of a segment up to `newest` [B]."""
     newest = newest if part.base is None else newest - part.base
     high = jnp.maximum(jnp.minimum(part.high, newest + 1), part.low)
-    return RingWalk(part, high, size) if part.pages is None else PageWalk.of(part, high)
+    return RingWalk(part, high, size) if part.pages is None else PageWalk.of(part, high, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,50 +80,75 @@ class RingWalk:
 
 @dataclasses.dataclass(frozen=True)
 class PageWalk:
-    """Page after page of each row, from its oldest on: those in its table's columns up to the
-    newest, whatever positions they start at."""
+    """The pages of each row that hold any of the positions wanted, in the order of the table's
+    columns from the oldest on, some at a time, whatever positions they start at."""
 
-    page: jax.Array  # [B, P]
-    first: jax.Array  # [B, P]
-    begin: jax.Array  # [B]: the column of the first page to be visited, modulo P
-    count: jax.Array  # [B]
+    columns: jax.Array  # [B, P]: where they stand in the table, then the others
+    page: jax.Array  # [B, P]: those pages, then any
+    first: jax.Array  # [B, P]: the position at which each starts
+    count: jax.Array  # [B]: how many they are
     bounds: tuple[jax.Array, jax.Array]  # [B] each: the positions held
-    size: int
+    page_size: int
+    each: int  # pages of a block
 
     @classmethod
-    def of(cls, part: Segment, high: jax.Array) -> PageWalk:
+    def of(cls, part: Segment, high: jax.Array, size: int) -> PageWalk:
         pages = part.pages
         assert pages is not None
-        first, size = pages.first, pages.size
-        low, stop = part.low[:, None], high[:, None]
-        needed = (first >= 0) & (first + size > low) & (first < stop) & (low < stop)
-        beyond = (first >= stop) & (first < part.high[:, None])
-        count = needed.sum(1, dtype=jnp.int32)
-        top = (part.high - pages.offset + size - 1) // size
-        begin = top - beyond.sum(1, dtype=jnp.int32) - count
-        page = jnp.maximum(pages.table, 0)
-        return cls(page, first, begin, count, (part.low, part.high), size)
+        columns, count = ordered(pages, part.low, high)
+        page, first = (jnp.take_along_axis(x, columns, 1) for x in (pages.table, pages.first))
+        each = max(1, min(size // pages.size, columns.shape[1]))
+        bounds = part.low, part.high
+        return cls(columns, jnp.maximum(page, 0), first, count, bounds, pages.size, each)
+
+    @property
+    def size(self) -> int:
+        return self.page_size * self.each
 
     def turns(self) -> tuple[jax.Array, jax.Array]:
-        return jnp.int32(0), self.count.max()
+        return jnp.int32(0), (self.count.max() + (self.each - 1)) // self.each
 
     def look(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = self._at(self.first, index)
-        position = first[:, None] + jnp.arange(self.size, dtype=jnp.int32)
-        low, high = (x[:, None] for x in self.bounds)
-        there = (first >= 0) & (index < self.count)
-        return position, there[:, None] & (position >= low) & (position < high)
+        number = index * self.each + jnp.arange(self.each, dtype=jnp.int32)
+        first = self._at(self.first, index)[..., None]
+        position = first + jnp.arange(self.page_size, dtype=jnp.int32)  # [B, each, page]
+        low, high = (x[:, None, None] for x in self.bounds)
+        there = (number < self.count[:, None])[..., None]
+        held = there & (position >= low) & (position < high)
+        return tuple(x.reshape(len(x), -1) for x in (position, held))  # type: ignore[return-value]
 
     def cut(
         self, side: Blocks, index: jax.Array, layer: Index, row: Index, head: Index = None
     ) -> Tokens:
         pages, start = self._at(self.page, index), jnp.int32(0)
-        if len(pages) == 1:
-            return side.at(start, self.size, layer, pages[0], head)
-        each = jax.vmap(lambda page: side.at(start, self.size, layer, page, head))(pages)
-        found: Tokens = jax.tree.map(lambda x: x.squeeze(1), each)
-        return found
+        if pages.size == 1:
+            return side.at(start, self.size, layer, pages[0, 0], head)
+        one = functools.partial(side.at, start, self.page_size, layer, head=head)
+        each = jax.vmap(jax.vmap(lambda page: one(row=page)))(pages)
+        return side.joined(jax.tree.map(lambda x: x.squeeze(2), each))
+
+    def columns_of(self, index: jax.Array) -> jax.Array:
+        """The columns [B, each] of a block's pages."""
+        return self._at(self.columns, index)
 
     def _at(self, table: jax.Array, index: jax.Array) -> jax.Array:
-        column = (self.begin + index) % table.shape[1]
-        return jnp.take_along_axis(table, column[:, None], 1)[:, 0]
+        """[B, each]: what a table [B, P] says of the pages of a block; of those beyond its last, of
+        others again."""
+        column = index * self.each + jnp.arange(self.each, dtype=jnp.int32)
+        return table[:, jnp.minimum(column, table.shape[1] - 1)]
+
+
+def ordered(pages: Pages, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The columns [B, P] of the pages that hold any of the positions [low, high) [B], from the
+    oldest on, and how many they are, [B]; the others, in any order, follow."""
+    needed, width = pages.needed(low, high), pages.table.shape[1]
+    count = needed.sum(1, dtype=jnp.int32)
+    # The table is a ring: the page of `low`, or the first there is behind it, comes first.
+    start = ((low - pages.offset) // pages.size) % width
+    column = (start[:, None] + jnp.arange(width, dtype=jnp.int32)) % width
+    found = jnp.take_along_axis(needed, column, 1)
+    before = jnp.cumsum(found, axis=1, dtype=jnp.int32)
+    behind = count[:, None] + jnp.cumsum(~found, axis=1, dtype=jnp.int32)
+    rank = jnp.where(found, before, behind) - 1
+    rows = jnp.arange(len(column), dtype=jnp.int32)[:, None]
+    return jnp.zeros_like(column).at[rows, rank].set(column), count

@@ -11,6 +11,7 @@ together.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,8 @@ from jaxkv.chain import LANES
 from jaxkv.formats import QuantSpec
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.materialized import computed_once
-from jaxkv.kernels.readers import reader
-from jaxkv.kernels.walk import walk
+from jaxkv.kernels.readers import Reader, reader
+from jaxkv.kernels.walk import Walk, walk
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment
@@ -111,31 +112,73 @@ def _attend(
 ) -> Partial:
     """`partial_attention` over all rows at once, or of one row, in which only the tier still has
     the others."""
-    # Where values are a part of the keys, the keys' codes serve both products.
-    spec, keys, values = part.spec, sides[0], sides[-1]
-    blocks = walk(part, newest, _block_size(part, query))
-    never = (
-        part.high[0] == -1
-    )  # the compiler sees through `< 0` where positions are a maximum with 0
-    key = reader(spec.key, query.shape[-1], never)
-    value = key
-    if spec.value is not None:
-        value = reader(spec.value, spec.value_dim or query.shape[-1], never)
-    operand = key.query(query)
+    scored = Scored.of(part, sides, query, unit, visible, adjust, newest, (layer, row, None))
+    return visited(scored, query)
 
-    def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        top, total = carry
-        position, valid = blocks.look(index)
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The scores of some queries, block by block."""
+
+    part: Segment
+    sides: tuple[Blocks, ...]  # keys, and values unless a part of them
+    blocks: Walk
+    key: Reader
+    operand: Any  # of `key`: the queries
+    unit: jax.Array
+    visible: Visible
+    adjust: Adjust | None
+    never: jax.Array
+    place: tuple[Index, Index, Index]  # layer, row and head, None where all are meant
+
+    @classmethod
+    def of(
+        cls,
+        part: Segment,
+        sides: tuple[Blocks, ...],
+        query: jax.Array,
+        unit: jax.Array,
+        visible: Visible,
+        adjust: Adjust | None,
+        newest: jax.Array,
+        place: tuple[Index, Index, Index],
+    ) -> Scored:
+        blocks = walk(part, newest, _block_size(part, query))
+        # The compiler sees through `< 0` where positions are a maximum with 0.
+        never = part.high[0] == -1
+        key = reader(part.spec.key, query.shape[-1], never)
+        operand = key.query(query)
+        return cls(part, sides, blocks, key, operand, unit, visible, adjust, never, place)
+
+    def at(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The scores [B, K, R, S] of block `index`, -inf where hidden, and which of its tokens
+        anyone looks at, [B, S] bool."""
+        part, (layer, row, head) = self.part, self.place
+        position, valid = self.blocks.look(index)
         own = position if part.base is None else position + part.base[:, None]
-        seen = visible(own, row) & valid[:, None]
+        seen = self.visible(own, row) & valid[:, None]
         if part.span is not None:
             low, high = (bound[..., None] for bound in part.span)
             seen &= (position[:, None] >= low) & (position[:, None] < high)
-        scores = bounded(key.scores(operand, blocks.cut(keys, index, layer, row)) * unit)
+        block = self.blocks.cut(self.sides[0], index, layer, row, head)
+        scores = bounded(self.key.scores(self.operand, block) * self.unit)
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
-        by_query = by_query if adjust is None else adjust(by_query, own, row)
+        by_query = by_query if self.adjust is None else self.adjust(by_query, own, row)
         by_query = jnp.where(seen[:, None, None], by_query, -jnp.inf)
-        scores = computed_once(never, by_query.reshape(scores.shape))
+        return computed_once(self.never, by_query.reshape(scores.shape)), valid & seen.any(1)
+
+
+def visited(scored: Scored, query: jax.Array) -> Partial:
+    """Attention over all blocks of queries [B, K, R, H], whose scores are those."""
+    part, spec, blocks = scored.part, scored.part.spec, scored.blocks
+    # Where values are a part of the keys, the keys' codes serve both products.
+    value, values = scored.key, scored.sides[-1]
+    if spec.value is not None:
+        value = reader(spec.value, spec.value_dim or query.shape[-1], scored.never)
+
+    def visit(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        top, total = carry
+        scores, looked_at = scored.at(index)
         new_top = jnp.maximum(top, scores.max(-1))
         # Never above 1, also where a platform computes a score twice with other rounding: its
         # digits would start again at 0.
@@ -143,8 +186,8 @@ def _attend(
             jnp.exp(jnp.minimum(scores - new_top[..., None], 0)),
             jnp.exp(top - new_top)[..., None],
         )
-        looked_at = valid & seen.any(1)
-        more = value.weigh(weights, blocks.cut(values, index, layer, row), looked_at)
+        layer, row, head = scored.place
+        more = value.weigh(weights, blocks.cut(values, index, layer, row, head), looked_at)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become:

@@ -99,6 +99,23 @@ def adopt(state: CacheState, row: ArrayLike, held: Row) -> CacheState:
     return dataclasses.replace(_with_own(state, own), pages=pages)
 
 
+def by_page(state: CacheState) -> Any:
+    """All arrays that have an axis of pages, which is where `_own` has that of rows."""
+
+    def stored(held: Tokens) -> dict[str, jax.Array]:
+        return {name: x for name in STORED if (x := getattr(held, name)) is not None}
+
+    return tuple(map(stored, state.tiers[-1].sides)), state.summaries
+
+
+def with_pages(state: CacheState, arrays: Any) -> CacheState:
+    """The state with the arrays of `by_page` replaced."""
+    sides, summaries = arrays
+    pairs = zip(state.tiers[-1].sides, sides, strict=True)
+    last = Tier(*(dataclasses.replace(held, **new) for held, new in pairs))
+    return dataclasses.replace(state, tiers=(*state.tiers[:-1], last), summaries=summaries)
+
+
 def _own(state: CacheState) -> dict[str, Any]:
     """All arrays that have an axis of rows."""
     last = state.tiers[-1]

@@ -19,10 +19,8 @@ from jax import lax
 from jaxkv.batch import replace_rows, take_rows
 from jaxkv.drop import clear
 from jaxkv.paged.pool import release
-from jaxkv.paged.rows import Row, adopt, pool_of, snapshot
+from jaxkv.paged.rows import Row, adopt, by_page, pool_of, snapshot, with_pages
 from jaxkv.state import CacheState
-from jaxkv.tiers.segment import Tier
-from jaxkv.tiers.tokens import STORED, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +108,11 @@ def _to_host(tree: Any) -> Any:
 def _read(state: CacheState, row: jax.Array, ids: jax.Array) -> tuple[Row, Any]:
     axis = state.end.ndim - 1
 
-    def pages(held: Tokens) -> dict[str, jax.Array]:
+    def pages(x: jax.Array) -> jax.Array:
         # One after the other: XLA:CPU gathers element by element.
-        return {
-            name: lax.map(lambda i, x=x: lax.dynamic_index_in_dim(x, i, axis, keepdims=False), ids)
-            for name in STORED
-            if (x := getattr(held, name)) is not None
-        }
+        return lax.map(lambda i: lax.dynamic_index_in_dim(x, i, axis, keepdims=False), ids)
 
-    last = state.tiers[-1]
-    return snapshot(state, row), tuple(map(pages, last.sides))
+    return snapshot(state, row), jax.tree.map(pages, by_page(state))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -142,9 +135,4 @@ def _write(state: CacheState, row: jax.Array, held: Row, stored: Any) -> CacheSt
 
         return lax.fori_loop(0, there.sum(dtype=jnp.int32), one, x)
 
-    def filled(side: Tokens, new: dict[str, jax.Array]) -> Tokens:
-        return dataclasses.replace(side, **{n: put(getattr(side, n), x) for n, x in new.items()})
-
-    last = state.tiers[-1]
-    tier = Tier(*map(filled, last.sides, stored))
-    return dataclasses.replace(state, tiers=(*state.tiers[:-1], tier))
+    return with_pages(state, jax.tree.map(put, by_page(state), stored))

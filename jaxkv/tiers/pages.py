@@ -49,6 +49,29 @@ class Pages:
         outside = (slots >= self.capacity) | (page < 0)
         return jnp.where(outside, self.num_pages, page), slots % self.size
 
+    def holds(self, position: jax.Array) -> jax.Array:
+        """Whether the page of a position [..., R] is there, bool. Not so where it was never taken,
+        or compressed away."""
+        number = (position - self.offset) // self.size
+        rows = jnp.arange(self.table.shape[0], dtype=jnp.int32)
+        first = self.first[rows, number % self.table.shape[1]]
+        return first == self.offset + number * self.size
+
+    def count(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """How many of the positions [low, high) [..., R] lie in pages that are there."""
+        start, stop = jnp.maximum(self.first, low[..., None]), high[..., None]
+        inside = jnp.minimum(self.first + self.size, stop) - start
+        return jnp.where(self.first >= 0, jnp.maximum(inside, 0), 0).sum(-1, dtype=jnp.int32)
+
+    def needed(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Which columns [R, P] hold any of the positions [low, high) [R], bool."""
+        first, start, stop = self.first, low[:, None], high[:, None]
+        return (first >= 0) & (first + self.size > start) & (first < stop) & (start < stop)
+
+    def only(self, chosen: jax.Array) -> Pages:
+        """The rows as if they had the pages of columns `chosen` [R, P] alone."""
+        return dataclasses.replace(self, first=jnp.where(chosen, self.first, -1))
+
     def of_groups(self, group: int) -> Pages:
         """The same with groups of tokens for slots."""
         return dataclasses.replace(self, size=self.size // group)

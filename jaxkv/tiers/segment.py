@@ -60,6 +60,17 @@ class Segment:
         pages = self.pages and self.pages.row(row)
         return dataclasses.replace(self, low=low, high=high, base=base, span=span, pages=pages)
 
+    def count(self) -> jax.Array:
+        """How many tokens are held here, [B] (or [L, B])."""
+        if self.pages is None:
+            return self.high - self.low
+        return self.pages.count(self.low, self.high)
+
+    def holds(self, position: jax.Array) -> jax.Array:
+        """Whether positions [B, P], as counted here, are held."""
+        inside = (position >= self.low[:, None]) & (position < self.high[:, None])
+        return inside if self.pages is None else inside & self.pages.holds(position.T).T
+
     def within(self, reach: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The positions [first, stop) [B] held of those from reach[0] to reach[1], as counted
         here."""
