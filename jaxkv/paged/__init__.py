@@ -1,8 +1,8 @@
 """Pools of pages: many sequences in one state, prefixes that they share, rows that come and go.
 
 `init` gives a state for the verbs of `jaxkv` itself; those of this package are about pages:
-`reserve` before each step, `fork`, `release` and `window`, and `owned`, `retain` and `drop` for an
-index of prefixes (`PrefixIndex`).
+`reserve` before each step, `fork`, `release` and `window`, `owned`, `retain` and `drop` for an
+index of prefixes (`PrefixIndex`), and `scores` and `compress` to keep only the pages that matter.
 """
 
 from jaxkv.attend import attend as attend
@@ -11,6 +11,9 @@ from jaxkv.drop import rewind as rewind
 from jaxkv.extend import extend as extend
 from jaxkv.extend import prefill as prefill
 from jaxkv.gather import gather as gather
+from jaxkv.paged.compress import Protect as Protect
+from jaxkv.paged.compress import compress as compress
+from jaxkv.paged.compress import scores as scores
 from jaxkv.paged.index import Prefix as Prefix
 from jaxkv.paged.index import PrefixIndex as PrefixIndex
 from jaxkv.paged.pool import drop as drop

@@ -38,6 +38,7 @@ from jaxkv.reference.formats import (
     rotate,
     to_groups,
 )
+from jaxkv.reference.pages import PageSummary, best_pages, kept_pages
 from jaxkv.reference.reading import counts, gather, held
 from jaxkv.reference.row import Row, first_positions
 
@@ -45,6 +46,7 @@ __all__ = [
     "FLOATS",
     "Adapted",
     "Options",
+    "PageSummary",
     "ReferenceState",
     "Row",
     "adapted",
@@ -52,6 +54,7 @@ __all__ = [
     "as_scale",
     "attend",
     "attention_and_lse",
+    "best_pages",
     "clear",
     "counts",
     "evict",
@@ -63,6 +66,7 @@ __all__ = [
     "held",
     "init",
     "keep",
+    "kept_pages",
     "migrate",
     "mirror_of",
     "neutral",

@@ -102,14 +102,15 @@ def _ranked(new: jax.Array, available: jax.Array) -> tuple[jax.Array, jax.Array]
 def trim(pages: Pages, low: jax.Array, high: jax.Array) -> Pages:
     """Each row gives back its pages that hold none of its positions [low, high) [R]."""
     first = pages.first
-    outside = (first + pages.size <= low[:, None]) | (first >= high[:, None])
-    outside &= first >= 0
-    kept = dataclasses.replace(
-        pages,
-        table=jnp.where(outside, -1, pages.table),
-        first=jnp.where(outside, -1, first),
-    )
-    return _if_any(outside, kept, jnp.where(outside, pages.table, -1))
+    return keep(pages, (first + pages.size > low[:, None]) & (first < high[:, None]))
+
+
+def keep(pages: Pages, kept: jax.Array) -> Pages:
+    """Each row gives back its pages in all columns but `kept` [R, P]."""
+    gone = (pages.first >= 0) & ~kept
+    table, first = (jnp.where(gone, -1, x) for x in (pages.table, pages.first))
+    rest = dataclasses.replace(pages, table=table, first=first)
+    return _if_any(gone, rest, jnp.where(gone, pages.table, -1))
 
 
 def share(pages: Pages, source: jax.Array, target: jax.Array, high: jax.Array) -> Pages:
