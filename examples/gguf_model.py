@@ -57,7 +57,7 @@ class Model(NamedTuple):
 
     @property
     def stacked(self) -> Params:
-        """The weights for a scan over layers."""
+        """The weights for a scan over layers: a copy, unless `load` gave them so."""
         return stack_layers(self.params)
 
     def encode(self, text: str) -> list[int]:
@@ -76,8 +76,9 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 @functools.cache
-def load(path: pathlib.Path | None = None) -> Model:
-    """The model of a file; SmolLM2-135M, downloaded on the first call, if None.
+def load(path: pathlib.Path | None = None, stacked: bool = False) -> Model:
+    """The model of a file; SmolLM2-135M, downloaded on the first call, if None. `stacked`: its
+    weights for a scan over layers, and no others in memory.
 
     Raises:
       ValueError: an architecture or a tokenizer that is not known here.
@@ -85,13 +86,14 @@ def load(path: pathlib.Path | None = None) -> Model:
     file = File(smollm2.fetch() if path is None else path)
     starts = file.get("tokenizer.ggml.add_bos_token", False)
     config, tokenizer = read_config(file), gguf_tokenizer.read_tokenizer(file.get)
+    params = read_params(file, config)
     end, chat = next(
         (end, chat) for end, chat in CHATS.items() if end is None or tokenizer.token_to_id(end)
     )
     return Model(
         file.path,
         config,
-        read_params(file, config),
+        stack_layers(params) if stacked else params,
         tokenizer,
         file.get("tokenizer.ggml.bos_token_id") if starts else None,
         file.get("tokenizer.ggml.eos_token_id") if end is None else tokenizer.token_to_id(end),

@@ -257,12 +257,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             args.only or ",".join(QUICK),
         )
     elif args.out is None:
-        args.out = RESULTS
+        suffix = "" if args.model is None else f"_{args.model.stem}"
+        args.out = RESULTS.with_stem(RESULTS.stem + suffix)
     return args
 
 
 def measure(args: argparse.Namespace, results: Results) -> None:
-    loaded = gguf_model.load(args.model)
+    loaded = gguf_model.load(args.model, stacked=True)
     model, params = loaded.config, loaded.stacked
     caches, parts, wanted = (
         named_caches(model, args.window),
@@ -297,11 +298,12 @@ def measure(args: argparse.Namespace, results: Results) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_options(argv)
+    named = f" --model {args.model.name}" if args.model else ""
     header = {
-        "command": f"python examples/quality.py --tokens {args.tokens} --chunk {args.chunk}{' --peers' if args.peers else ''}",
+        "command": f"python examples/quality.py{named} --tokens {args.tokens} --chunk {args.chunk}{' --peers' if args.peers else ''}",
         "device": device_name(),
         "jax": jax.__version__,
-        "model": gguf_model.load(args.model).path.name,
+        "model": gguf_model.load(args.model, stacked=True).path.name,
         "tail": TAIL,
         **{name: getattr(args, name) for name in ("tokens", "window", "chunk")},
     }
