@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv import Rotary
 from jaxkv.cli import main
 from jaxkv.models.configs import layers_of, model_shape
-from jaxkv.models.spec import Kind, LayerSpec, Rotary
+from jaxkv.models.spec import Kind, LayerSpec
 from jaxkv.plan import plan
 
 FULL, SLIDING = Kind.FULL, Kind.SLIDING
@@ -238,14 +240,40 @@ def test_scores() -> None:
 
 
 def test_rotary() -> None:
-    assert model_shape(GEMMA3).layers[0].rotary == Rotary(256, 1e4)
-    scaling = (("factor", 8.0), ("rope_type", "linear"))
-    assert model_shape(GEMMA3).layers[5].rotary == Rotary(256, 1e6, scaling)
-    assert model_shape(small("phi", partial_rotary_factor=0.5, rope_theta=1e4)).layers[
-        0
-    ].rotary == Rotary(32, 1e4)
+    assert model_shape(GEMMA3).layers[0].rotary == Rotary(1e4)
+    assert model_shape(GEMMA3).layers[5].rotary == Rotary(1e6, scaling=(1 / 8,) * 128)
+    partial = small("phi", partial_rotary_factor=0.5, rope_theta=1e4)
+    assert model_shape(partial).layers[0].rotary == Rotary(1e4, dim=32)
+    assert model_shape(small("cohere", rope_theta=1e4)).layers[0].rotary == Rotary(
+        1e4, "interleaved"
+    )
     flags = model_shape(small("smollm3", no_rope_layers=[1, 1, 0] * 4, rope_theta=1e6)).layers
     assert [layer.rotary is None for layer in flags[:3]] == [False, False, True]
+    longer = dict(rope_type="longrope", short_factor=[1.0] * 32)
+    assert model_shape(small("phi3", rope_theta=1e4, rope_scaling=longer)).layers[0].rotary is None
+
+
+def test_stretched_frequencies() -> None:
+    """Fast pairs are left alone, slow ones divided by the factor, with a ramp between."""
+    yarn = dict(rope_type="yarn", factor=32.0, original_max_position_embeddings=4096)
+    stretched = small("gpt_oss", head_dim=64, rope_theta=150000, rope_scaling=yarn)
+    for model, factor in ((LLAMA, 8.0), (stretched, 32.0)):
+        rotary = model_shape(model).layers[0].rotary
+        assert rotary is not None and rotary.scaling is not None
+        factors = np.array(rotary.scaling)
+        assert (factors[:8] == 1).all() and (factors[-4:] == 1 / factor).all()
+        assert (np.diff(factors) <= 0).all() and ((factors > 1 / factor) & (factors < 1)).any()
+
+
+def test_caches_of_biased_keys_know_the_embedding() -> None:
+    """And no others: where a head has no mean to take out, its score would only cost."""
+    for preset in ("q4", "q4_bias", "k4v2"):
+        found = {layer.config.rotary for layer in layers_of(QWEN2, preset) if layer.config}
+        assert found == {Rotary(1e6)}
+    assert all(layer.config.rotary is None for layer in layers_of(LLAMA, "q4") if layer.config)
+    assert all(x.config.rotary is None for x in layers_of(QWEN2, rotary=None) if x.config)
+    biased = small("llama", attention_bias=True, rope_theta=1e4)
+    assert layers_of(biased, max_tokens=512)[0].config.rotary == Rotary(1e4)
 
 
 def test_sliding_layers_hold_their_window() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
+from jaxkv.models.embeddings import has_key_bias, rotary_of
 from jaxkv.models.families import KNOWN, Fields, ModelConfig, read, required
 from jaxkv.models.kinds import kinds_of
-from jaxkv.models.spec import Kind, LayerSpec, Rotary
+from jaxkv.models.spec import Kind, LayerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +39,18 @@ def layers_of(
     max_tokens: int | None = None,
     **fields: Any,
 ) -> tuple[LayerSpec, ...]:
-    """What each layer of a model caches, from its Hugging Face config.
+    """What each layer of a model caches, from its Hugging Face config. Where keys have a bias,
+    their caches are told of the rotary embedding.
 
     Args:
       model_config: the fields of a config.json, its path or its folder's, or an object with
         `to_dict`.
       preset: of every layer; see `jaxkv.preset`.
       max_tokens: that full layers hold; None: as many as the model was made for.
-      **fields: of every layer's `KvCacheConfig`, over the preset's. A sliding layer keeps its
-        window: where T tokens are appended before they attend (drafts; and prompts, where layers
-        share), set rewind_length to T - 1. `extend` needs none for a prompt of a layer's own.
+      **fields: of every layer's `KvCacheConfig`, over the preset's (`rotary=None`: tell none). A
+        sliding layer keeps its window: where T tokens are appended before they attend (drafts; and
+        prompts, where layers share), set rewind_length to T - 1. `extend` needs none for a prompt
+        of a layer's own.
 
     Raises:
       ValueError: the config lacks a field, which is named, or has layers that are not known.
@@ -101,14 +103,15 @@ def _spec(fields: Fields, kind: Kind, index: int, count: int) -> LayerSpec:
             head_dim=rank + turned,
             values_from_keys=rank,
             scale=_latent_scale(fields),
-            rotary=_rotary(fields, kind, index, turned),
+            rotary=rotary_of(fields, kind, index, turned),
         )
     head_dim = fields.get("head_dim") or required(fields, "hidden_size") // heads
     return dataclasses.replace(
         spec,
         num_kv_heads=_kv_heads(fields, heads),
         head_dim=head_dim,
-        rotary=_rotary(fields, kind, index, head_dim),
+        key_bias=has_key_bias(fields),
+        rotary=rotary_of(fields, kind, index, head_dim),
     )
 
 
@@ -161,28 +164,6 @@ def _slopes(heads: int) -> tuple[float, ...]:
     rates = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     rates += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
     return tuple(rates)
-
-
-def _rotary(fields: Fields, kind: Kind, index: int, head_dim: int) -> Rotary | None:
-    """What the config says of the rotary embedding of a layer."""
-    flags = fields.get("no_rope_layers")
-    if isinstance(flags, Sequence) and index < len(flags) and not flags[index]:
-        return None
-    recipe: Fields = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    nested, local = f"{kind.value}_attention", fields.get("rope_local_base_freq")
-    if nested not in recipe and kind is Kind.SLIDING and local:
-        recipe = {"rope_theta": local}  # Gemma 3's files of 2025
-    recipe = recipe.get(nested, recipe)
-    base = recipe.get("rope_theta", fields.get("rope_theta"))
-    if base is None:
-        return None
-    part = recipe.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
-    known = ("rope_theta", "partial_rotary_factor")
-    scaling = {k: v for k, v in recipe.items() if k not in known and not isinstance(v, dict)}
-    if scaling.get("rope_type", scaling.get("type")) == "default":
-        scaling = {}
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()}
-    return Rotary(int(head_dim * part), float(base), tuple(sorted(frozen.items())))
 
 
 def _share(specs: list[LayerSpec], shared: int) -> list[LayerSpec]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxkv.config import KvCacheConfig
 from jaxkv.presets import preset as preset_config
+from jaxkv.rotary import Rotary
 
 
 class Kind(enum.StrEnum):
@@ -25,16 +26,6 @@ class Kind(enum.StrEnum):
     NONE = "none"
 
 
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """The rotary embedding of a layer: `dims` elements of a head are turned, by angles
-    `position * base ** (-2 i / dims)`; `scaling` is the model's own recipe to stretch them."""
-
-    dims: int
-    base: float
-    scaling: tuple[tuple[str, Any], ...] = ()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One layer: how it looks back, at what, and where that is kept.
@@ -48,7 +39,10 @@ class LayerSpec:
       soft_cap: of the scores.
       sink_logits: the model learns a logit per head, to be passed as `sink_logits=`.
       decay: rates [N] of ALiBi.
-      rotary: where the config says; None: no rotary embedding in this layer, or not known.
+      rotary: where the config says (of latents: of their last elements); None: no rotary embedding
+        in this layer, or not known.
+      key_bias: something is added to all keys before they are turned: a quantized store has to know
+        `rotary` (Qwen2.5-Coder-0.5B with Q4: KL 0.13 without it).
       config: what it caches, once it has a size; None where it keeps no tokens of its own.
     """
 
@@ -64,6 +58,7 @@ class LayerSpec:
     sink_logits: bool = False
     decay: tuple[float, ...] | None = None
     rotary: Rotary | None = None
+    key_bias: bool = False
     config: KvCacheConfig | None = None
 
     @property
@@ -86,7 +81,10 @@ class LayerSpec:
         sliding layer keeps its window, and no sinks."""
         if not self.keeps:
             return self
-        given = {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim, **fields}
+        given: dict[str, Any] = {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        if self.key_bias:
+            given["rotary"] = self.rotary
+        given |= fields
         for name in ("value_dim", "values_from_keys"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
