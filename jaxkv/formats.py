@@ -185,7 +185,7 @@ def format_of(precision: Precision, spec: QuantSpec | None, dim: int) -> Format:
 
 
 _RECIPES = {
-    Precision.Q8: QuantSpec(8),
+    Precision.Q8: QuantSpec(8, rotate=True, align=True, balance=True),
     Precision.Q4: adapting(4),
     Precision.Q4K: adapting(4, two_level=True),
     Precision.Q3: adapting(3),

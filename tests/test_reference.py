@@ -258,13 +258,15 @@ def test_every_tier_rounds_what_it_gets() -> None:
     )
     x = np.linspace(0.1001, 0.9003, 8, dtype=np.float32).reshape(1, 1, 1, 8)
     state = reference.append(reference.init(settings), x, x)
-    chain: list[Precision | QuantSpec] = [FP16, QuantSpec(8, 8), QuantSpec(2, 8)]
+    warm = settings.chain[1].key
+    assert isinstance(warm, QuantSpec) and warm.bits == 8
+    chain: list[Precision | QuantSpec] = [FP16, warm, QuantSpec(2, 8)]
     expected = x[0]
     for fmt in chain:
         expected = represent(expected, fmt)
         np.testing.assert_array_equal(reference.gather(state)[0][0, 0], expected[0])
         state = reference.append(state, 0 * x, 0 * x)
-    values = represent(represent(represent(x[0], FP16), QuantSpec(8, 8)), QuantSpec(8, 8))
+    values = represent(represent(represent(x[0], FP16), warm), QuantSpec(8, 8))
     np.testing.assert_array_equal(reference.gather(state)[1][0, 0], values[0])
 
 
