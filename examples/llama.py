@@ -200,12 +200,18 @@ def run_layer(
 
 
 def forward(
-    config: LlamaConfig, params: Params, state: State, tokens: Array, attention: Attention = cached
+    config: LlamaConfig,
+    params: Params,
+    state: State,
+    tokens: Array,
+    attention: Attention = cached,
+    positions: Array | None = None,
 ) -> tuple[State, Array]:
-    """Runs tokens [B, T], which follow what the cache holds, and returns the state and hidden [B,
-    T, D]."""
+    """Runs tokens [B, T], which follow what the cache holds (or stand at `positions` [B, T]), and
+    returns the state and hidden [B, T, D]."""
     size = tokens.shape[1]
-    positions = jnp.arange(size)[None] if state is None else jaxkv.positions(state, size)
+    if positions is None:
+        positions = jnp.arange(size)[None] if state is None else jaxkv.positions(state, size)
     angles = rotary_angles(config, positions)
     by_layer = isinstance(state, jaxkv.Layers)  # each with its own window
 

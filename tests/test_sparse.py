@@ -185,7 +185,7 @@ def twin(state: CacheState, query: Array, number: int | None, options: Options) 
     return tuple(np.stack(x)[:, None] for x in zip(*found, strict=True))
 
 
-@over("q4", "channel_keys")
+@over("q4", "channel_keys", "q8_rotary")
 @pytest.mark.parametrize("number", [1, 4])
 def test_the_best_pages_are_read(name, number):
     """And the tail, and what is not full; the weight left out is no more than is said."""

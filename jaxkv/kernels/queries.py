@@ -19,6 +19,7 @@ from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import basis_of, only, turned_mean_of
+from jaxkv.tiers.turned import TurnedMean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,28 @@ class Queries:
         return self.scoring.row(row).visible(only(self.position, row), key, self.sink_tokens)
 
 
-Bases = tuple[Basis, Basis]
 Run = Callable[[Segment, Basis, jax.Array, Visible, Adjust | None], Partial]
 
 
-def bases_of(part: Segment) -> Bases:
-    sides = zip(part.tier.sides, part.spec.formats, strict=True)
-    found = [basis_of(held, fmt, part.layer) for held, fmt in sides]
-    return found[0], found[-1]
+@dataclasses.dataclass(frozen=True)
+class Bases:
+    """Those of a segment's keys and values."""
+
+    key: Basis
+    value: Basis
+    turned: TurnedMean | None
+
+    @classmethod
+    def of(cls, part: Segment) -> Bases:
+        sides = zip(part.tier.sides, part.spec.formats, strict=True)
+        found = [basis_of(held, fmt, part.layer) for held, fmt in sides]
+        turned = turned_mean_of(part.tier.keys, part.spec.rotary, part.layer)
+        return cls(found[0], found[-1], turned)
+
+    def at(self, row: jax.Array, head: jax.Array) -> Bases:
+        """Those of one row and kv head."""
+        turned = self.turned and self.turned.alone(row, head)
+        return Bases(self.key.at(row, head), self.value.at(row, head), turned)
 
 
 def in_basis(
@@ -81,11 +96,10 @@ def in_basis(
 ) -> Partial:
     """Attention over one segment by `run`, which knows codes and the basis of their sums: what else
     the basis does to queries and scores."""
-    key_basis, value_basis = bases
-    mean_score, capped = key_basis.mean_score(own.folded), own.scoring.soft_cap is not None
+    mean_score, capped = bases.key.mean_score(own.folded), own.scoring.soft_cap is not None
     if mean_score is not None:
         mean_score = softmax.bounded(mean_score * own.unit)
-    turned = turned_mean_of(part.tier.keys, part.spec.rotary, part.layer)
+    turned = bases.turned
     operand = None if turned is None else turned.operand(own.folded) * own.unit
 
     def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
@@ -98,8 +112,8 @@ def in_basis(
 
     found = run(
         part.codes_only(),
-        value_basis,
-        dispatch.turned_query(key_basis, own.folded, implementation),
+        bases.value,
+        dispatch.turned_query(bases.key, own.folded, implementation),
         own.visible,
         adjust if own.scoring.changes_scores or turned is not None else None,
     )

@@ -11,7 +11,7 @@ from jax import lax
 from jaxkv import platform, softmax
 from jaxkv.checks import undifferentiable
 from jaxkv.kernels import dispatch, flash
-from jaxkv.kernels.queries import Bases, Queries, bases_of, in_basis
+from jaxkv.kernels.queries import Bases, Queries, in_basis
 from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
@@ -64,7 +64,7 @@ def over_segments(
         newest = scoring.reach(position, sink_tokens)[1]
         own = Queries.of(query, position, scoring, sink_tokens, heads)
         return softmax.merge(
-            [in_basis(part, bases_of(part), own, run, implementation) for part in parts(position)]
+            [in_basis(part, Bases.of(part), own, run, implementation) for part in parts(position)]
         )
 
     if size <= QUERY_BLOCK:
@@ -105,7 +105,7 @@ def _by_tiles(
     tiles = -(-size * group // flash.ROWS)
     tile = -(-size // tiles)
     starts, query, position, scoring = _blocks(query, position, scoring, tile)
-    bases, sides = [bases_of(part) for part in held], [flash.sides(part) for part in held]
+    bases, sides = [Bases.of(part) for part in held], [flash.sides(part) for part in held]
     sliced = Sliced.of(query)
 
     def at(index: jax.Array) -> Partial:
@@ -132,11 +132,11 @@ def _by_tiles(
                 return dispatch.in_tokens_basis(basis, codes)
 
             part = part.row(row)
-            key, value = (basis.at(row, head) for basis in bases)
+            own_bases = bases.at(row, head)
             oldest, newest = part.within(reach)
             return lax.switch(
                 (oldest < newest).any().astype(jnp.int32),
-                [lambda: none, lambda: in_basis(part, (key, value), own, run)],
+                [lambda: none, lambda: in_basis(part, own_bases, own, run)],
             )
 
         merged = softmax.merge([over(*part) for part in zip(found, bases, sides, strict=True)])

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxkv import platform, softmax
 from jaxkv.kernels import dispatch, flash, xla
-from jaxkv.kernels.queries import Bases, Queries, bases_of, in_basis
+from jaxkv.kernels.queries import Bases, Queries, in_basis
 from jaxkv.kernels.walk import PageWalk
 from jaxkv.kernels.xla import Adjust, Scored, Visible
 from jaxkv.scoring import EVERY, Scoring
@@ -78,16 +78,17 @@ def over_pages(
     """Attention of queries [B, T, N, H] at `position` [B, T] over the tokens of a pool, of one row
     and kv head at a time: each has pages of its own to read."""
     heads, batch = part.tier.keys.data.shape[-3], query.shape[0]
-    group, bases, sides = query.shape[2] // heads, bases_of(part), flash.sides(part)
+    group, bases, sides = query.shape[2] // heads, Bases.of(part), flash.sides(part)
 
     def at(index: jax.Array) -> Paged:
         row, head = index // heads, index % heads
         queries = lax.dynamic_slice_in_dim(only(query, row), head * group, group, axis=2)
         options = scoring.head(head, heads).row(row)
         own = Queries.of(queries, only(position, row), options, sink_tokens, 1)
-        key, value = (basis.at(row, head) for basis in bases)
         chosen, left = _chosen(part.row(row), own, reading, row, head)
-        partial, mass = _attended(chosen, (key, value), own, sides, (row, head), reading.mass)
+        partial, mass = _attended(
+            chosen, bases.at(row, head), own, sides, (row, head), reading.mass
+        )
         found = Paged(partial, mass, left)
         return jax.tree.map(lambda x: x[0, 0], found)
 

@@ -31,6 +31,12 @@ class TurnedMean:
     turns: jax.Array  # [F] uint32
     mean: jax.Array
 
+    def alone(self, row: jax.Array, head: jax.Array) -> TurnedMean:
+        """That of one row and head, [1, 1, H]."""
+        at = row, head, jnp.int32(0)
+        mean = lax.dynamic_slice(self.mean, at, (1, 1, self.mean.shape[-1]))
+        return dataclasses.replace(self, mean=mean)
+
     def at(self, position: jax.Array) -> jax.Array:
         """What the mean is at positions [B, T]: [B, T, K, H]. The same bits in every program."""
         cos, sin = turning.cos_sin(position[..., None], self.turns)  # [B, T, 1, F]
