@@ -29,6 +29,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("deterministic")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No test is of two classes (laws.py): `-m slow` takes nothing that is exhaustive."""
+    both = [
+        i.nodeid
+        for i in items
+        if i.get_closest_marker("slow") and i.get_closest_marker("exhaustive")
+    ]
+    if both:
+        raise pytest.UsageError(f"marked slow and exhaustive, must be one: {both[:5]}")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter() -> None:
     chex.clear_trace_counter()

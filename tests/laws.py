@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import chex
@@ -31,18 +31,47 @@ _attend = jax.jit(jaxkv.attend)
 Contents = tuple[Array, Array, Array]  # keys, values and positions, as `gather` gives them
 
 
+# Three classes of tests. Unmarked: a newcomer's run, of minutes. `slow`: CI runs them besides.
+# `exhaustive`: every case of every law, by hand before a release, for hours. Each law is in the
+# first two with a few cases, and each case with the laws that say most: the same tokens as the
+# twin's, and exact attention over them.
+
 FAST = ("q8", "channel_keys")
 """What a newcomer's run takes of `cases.FEW`: one format of each kind."""
 
+SLOW = (
+    "q2_symmetric_sinks",
+    "bf16_q4_all_heads",
+    "fp16_q3",
+    "fp32_q8_q4",
+    "bf16_q8_q4_batched_sinks",
+    "rotary_channel",
+    "rewind_fp32_q8_q2_sinks",
+    "latent_q4",
+)
+"""What CI takes besides: one to three tiers, sinks, eager and batched, both axes, 2, 3, 4 and 8
+bits, rewinds, the rotary embedding, values that are a part of the keys."""
 
-def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
-    """Runs a law over cases; in parallel runs each case stays with one worker, which compiles its
-    programs once for all laws. Cases outside `FAST` are slow."""
+IN_CI = (*FAST, *SLOW)
+
+
+def marked(
+    name: Any, fast: Container[Any] = FAST, slow: Container[Any] = SLOW
+) -> list[pytest.MarkDecorator]:
+    """The class of a case: unmarked, slow, or exhaustive where it is in neither list."""
+    if name in fast:
+        return []
+    return [pytest.mark.slow if name in slow else pytest.mark.exhaustive]
+
+
+def over(
+    cases: dict[str, Case], fast: Container[str] = FAST, slow: Container[str] = SLOW
+) -> pytest.MarkDecorator:
+    """Runs a law over cases, each of the class that `marked` says; in parallel runs each case stays
+    with one worker, which compiles its programs once for all laws."""
     rows = [
         pytest.param(
-            case,
-            id=name,
-            marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name not in FAST)],
+            case, id=name, marks=[pytest.mark.xdist_group(name), *marked(name, fast, slow)]
         )
         for name, case in cases.items()
     ]

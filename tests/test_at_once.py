@@ -28,7 +28,7 @@ def singly(state: jaxkv.CacheState, query: Array, keys: Array, values: Array) ->
     return np.concatenate(outs, axis=1)
 
 
-@over(REWINDS)
+@over(REWINDS, slow=REWINDS)
 def test_attending_at_once_is_attending_singly(case: Case, rng: np.random.Generator) -> None:
     """Up to `rewind_length` + 1 tokens after one append see what they see one by one, in an empty,
     a growing and a full cache: drafts are checked as they would be decoded."""

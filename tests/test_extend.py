@@ -57,7 +57,7 @@ def test_one_token_is_appended_and_attends(case: Case, rng: np.random.Generator)
 
 
 @pytest.mark.parametrize("side", SIDES)
-@over({name: CASES[name] for name in ("bf16_sinks", "q4")})
+@over({name: CASES[name] for name in ("bf16_sinks", "q4")}, slow=CASES)
 def test_padding_never_enters(case: Case, side: str, rng: np.random.Generator) -> None:
     """Pads of NaN on either side or in the middle: state, outputs and what is learned of a row are
     those of the valid tokens alone, in the caller's order, zeros for pads."""
@@ -204,7 +204,7 @@ def test_an_image_in_a_prompt(chunk: int, rng: np.random.Generator) -> None:
         np.testing.assert_allclose(found[b, t], expected, atol=1e-5)
 
 
-@over(REWINDS)
+@over(REWINDS, slow=REWINDS)
 def test_keep_is_as_if_only_these_had_been_appended(case: Case, rng: np.random.Generator) -> None:
     """Of a draft tree the accepted path stays, bit for bit as if it had been appended alone, in
     every row its own; and the cache goes on."""

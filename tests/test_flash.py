@@ -15,14 +15,12 @@ import pytest
 import test_scoring
 from cases import CASES, Case, random_query, random_tokens
 from jax.sharding import AxisType
-from laws import assert_same, assert_within, exact_attention, extend, given, over, start
+from laws import IN_CI, assert_same, assert_within, exact_attention, extend, given, over, start
 
 import jaxkv
 from jaxkv import KvCacheConfig, platform, shards
 from jaxkv.kernels import dispatch, flash
 from jaxkv.sharding import Axes
-
-pytestmark = pytest.mark.slow
 
 SOME = {
     name: CASES[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")
@@ -37,7 +35,7 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiled")
-@over(CASES)
+@over(CASES, fast=(), slow=IN_CI)
 def test_every_format_is_attended_exactly(case: Case, rng: np.random.Generator) -> None:
     keys, values = random_tokens(rng, case, 60)
     lengths = np.arange(case.batch_size, dtype=np.int32) % 6
@@ -49,6 +47,7 @@ def test_every_format_is_attended_exactly(case: Case, rng: np.random.Generator) 
     assert_within(np.abs(np.asarray(attend(state, query)) - expected), bound)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("option", ["cross", "all", "window_soft_cap", "decay", "bias", "mask"])
 def test_tiles_have_their_own_options(option: str) -> None:
@@ -56,18 +55,21 @@ def test_tiles_have_their_own_options(option: str) -> None:
     test_scoring.check("chain", test_scoring.options(option))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("option", ["all", "none"])
 def test_prompts_are_attended_with_what_is_held(option: str) -> None:
     test_scoring.test_prefill_has_the_options(option)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 def test_windows_skip_blocks_and_sinks_stay() -> None:
     test_scoring.test_window_keeps_the_sinks()
     test_scoring.test_window_of_the_config()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_hidden_values_stay_hidden(dtype: Any, rng: np.random.Generator) -> None:
@@ -85,6 +87,7 @@ def test_hidden_values_stay_hidden(dtype: Any, rng: np.random.Generator) -> None
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("axes", [Axes(heads="core"), Axes(context="core")], ids=str)
 def test_devices_have_their_own_tiles(axes: Axes, rng: np.random.Generator) -> None:
@@ -108,7 +111,7 @@ def test_devices_have_their_own_tiles(axes: Axes, rng: np.random.Generator) -> N
         np.testing.assert_allclose(apart, together, atol=2e-3)  # the tail is 16-bit
 
 
-@over(SOME)
+@over(SOME, fast=())
 def test_a_prompt_may_enter_in_blocks(
     case: Case, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +123,7 @@ def test_a_prompt_may_enter_in_blocks(
     assert_same(jaxkv.append(start(case), keys, values, lengths), whole)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_queries_times_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times the prompt takes no more than four times the temporaries (16 times, were scores
     held)."""

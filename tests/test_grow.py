@@ -23,7 +23,7 @@ def grown(case: Case, more: int = 12) -> jaxkv.KvCacheConfig:
 
 
 @pytest.mark.slow
-@over(GROWN)
+@over(GROWN, slow=GROWN)
 def test_nothing_moves_and_what_follows_is_kept_longer(
     case: Case, rng: np.random.Generator
 ) -> None:
@@ -46,7 +46,7 @@ def test_nothing_moves_and_what_follows_is_kept_longer(
     np.testing.assert_array_equal(attend(after, query), attend(large, query))
 
 
-@over({"fp16_q4": CASES["fp16_q4"]})
+@over({"fp16_q4": CASES["fp16_q4"]}, slow=["fp16_q4"])
 def test_what_was_evicted_stays_away(case: Case, rng: np.random.Generator) -> None:
     keys, values = random_tokens(rng, case, 3 * case.config.max_tokens + 5)
     before = extend(start(case), keys, values)

@@ -15,12 +15,11 @@ import mps
 import pytest
 from cases import CASES, LONG, channels
 from jax import export, lax
+from laws import marked
 from lowering import H100
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Migration, Precision, QuantSpec
-
-pytestmark = pytest.mark.slow
 
 HEADS, LAYERS = 4, 3
 SLOTS = (
@@ -221,10 +220,22 @@ DECODED = [
     )
     if (shape, name) != ("mapped_states", "batched")
 ]
+# CI takes all configurations as one state, and the other shapes with one each.
+COPIED = [
+    (shape, name, 2)
+    for shape, name in DECODED
+    if shape == "one_state" or name == ("eager" if shape == "mapped_states" else "batched")
+]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("shape", "name"), DECODED)
+@pytest.mark.parametrize(
+    ("shape", "name", "batch"),
+    [
+        pytest.param(*which, batch, marks=marked((*which, batch), (), COPIED))
+        for which in DECODED
+        for batch in (1, 2)
+    ],
+)
 def test_nothing_of_the_cache_is_copied(shape: str, name: str, batch: int) -> None:
     """With the state donated, a step writes in place: no operation makes a second array of the
     cache's size."""
@@ -236,7 +247,10 @@ def test_nothing_of_the_cache_is_copied(shape: str, name: str, batch: int) -> No
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=marked(n, (), ("batched", "three_tiers", "channel"))) for n in CONFIGS],
+)
 def test_temporaries_do_not_grow_with_the_cache(name: str) -> None:
     """A step needs the same working memory for 5,987 and for 9,001 slots: attention goes block by
     block."""
@@ -246,6 +260,7 @@ def test_temporaries_do_not_grow_with_the_cache(name: str) -> None:
     assert large <= small * 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["one_state", "scanned_stack"])
 def test_copies_are_seen(shape: str) -> None:
     """Without donation the cache is copied, and the census above sees it."""
@@ -255,6 +270,7 @@ def test_copies_are_seen(shape: str) -> None:
     assert {operation for operation, _ in found} & {"copy", "copy-start"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tail"), [("q8", 256), ("q4", 256), ("q2", 256), ("q4", 0)])
 def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
     """No operation on a block is split between XLA:CPU's threads (by its cost model), and none is
@@ -283,6 +299,7 @@ def test_attention_stays_on_one_core(precision: str, tail: int) -> None:
     )  # the conditionals of `computed_once`, if the compiler has not seen through them
 
 
+@pytest.mark.slow
 def test_unpacked_stores_are_seen() -> None:
     """Dequantizing the whole store, as `gather` does, is seen by the census, too."""
     settings = config("eager", SLOTS[0])
@@ -358,12 +375,20 @@ EXPORTED = {"q4k": Q4K} | {
 }
 
 
-@pytest.mark.parametrize("platform", DEVICES)
-@pytest.mark.parametrize("case", EXPORTED.values(), ids=EXPORTED)
-def test_exports_are_portable(case: Any, platform: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "platform"),
+    [
+        pytest.param(
+            name, device, marks=marked((name, device), (), [("q4k", device), (name, "cuda")])
+        )
+        for name in EXPORTED
+        for device in DEVICES
+    ],
+)
+def test_exports_are_portable(name: str, platform: str) -> None:
     """Every verb, traced as for a device of the platform, can be exported for it, without custom
     calls (our own kernels aside), in common types and operations."""
-    xla = {"implementation": "xla"}
+    case, xla = EXPORTED[name], {"implementation": "xla"}
 
     def every_verb(state: CacheState, new: jax.Array, query: jax.Array, rows: jax.Array) -> Any:
         state, out = jaxkv.prefill(state, query, new, new, rows, **xla)
@@ -401,6 +426,7 @@ def test_exports_are_portable(case: Any, platform: str) -> None:
     assert set(re.findall(r"tensor<(?:[\dx?]+x)?(\w+)>", text)) <= TYPES
 
 
+@pytest.mark.slow
 def test_metal_knows_what_we_use() -> None:
     """The portable operations and types are among those that the Metal backend handles."""
     assert OPERATIONS <= mps.OPERATIONS

@@ -64,7 +64,7 @@ def test_counts_follow_the_rules(case: Case) -> None:
         assert ((boundary % config.step == 0) | (now.tail_tokens == chain)).all()
 
 
-@over(CASES | LONG)
+@over(CASES | LONG, slow=CASES | LONG)
 def test_contents_equal_the_reference(case: Case) -> None:
     """After the last step every token is in the tier, and reads back as, in the NumPy twin."""
     assert_like_reference(run(case).states[-1], run(case).twins[-1])

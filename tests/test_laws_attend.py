@@ -99,7 +99,7 @@ def test_dropped_tokens_never_reach_an_output(case: Case, rng: np.random.Generat
 # 8, 10. What attend computes.
 
 
-@over(CASES | LONG)
+@over(CASES | LONG, slow=CASES | LONG)
 def test_attend_is_exact_on_what_is_held(case: Case, rng: np.random.Generator) -> None:
     """attend == softmax attention in float64 over the dequantized tokens, to float32 rounding;
     causal, any T."""

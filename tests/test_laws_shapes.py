@@ -26,6 +26,7 @@ from cases import (
 from jax import lax
 from jax.sharding import PartitionSpec
 from laws import (
+    IN_CI,
     append,
     assert_same,
     assert_within,
@@ -46,12 +47,11 @@ from laws import (
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, QuantSpec, codec
 
-pytestmark = pytest.mark.slow
+over_few = over(FEW, fast=(), slow=("channel_keys", "bf16_q8_q4_batched_sinks"))
 
 # 5. However the program is put together.
 
 
-@pytest.mark.slow
 @over({"bf16_q4_all_heads": FEW["bf16_q4_all_heads"]})
 def test_jit_changes_nothing(case: Case, rng: np.random.Generator) -> None:
     """jit == no jit: the same bits are stored, and outputs are equal but for rounding."""
@@ -67,7 +67,7 @@ def test_jit_changes_nothing(case: Case, rng: np.random.Generator) -> None:
     assert_within(np.abs(np.asarray(jaxkv.attend(plain, query)) - expected), bound)
 
 
-@over(FEW)
+@over_few
 def test_scan_is_a_loop(case: Case, rng: np.random.Generator) -> None:
     """Steps of append and attend in a scan, the state in its carry == the same steps one by one."""
     keys, values = (np.moveaxis(x, 1, 0)[:, :, None] for x in random_tokens(rng, case, 24))
@@ -86,7 +86,7 @@ def test_scan_is_a_loop(case: Case, rng: np.random.Generator) -> None:
     assert_same(scanned, looped)
 
 
-@over(FEW)
+@over_few
 def test_batch_is_its_rows_alone(case: Case, rng: np.random.Generator) -> None:
     """A batch holds what its rows hold in batches of one, and attends to them alike but for
     rounding."""
@@ -100,7 +100,7 @@ def test_batch_is_its_rows_alone(case: Case, rng: np.random.Generator) -> None:
         assert_within(np.abs(attend(state, query)[b] - expected[0]), bound[0])
 
 
-@over(FEW)
+@over_few
 def test_vmap_is_a_loop(case: Case, rng: np.random.Generator) -> None:
     """vmap over a stack of states == each by itself."""
     keys, values = np.stack([random_tokens(rng, case, 30) for _ in range(2)], axis=1)
@@ -117,7 +117,9 @@ def test_vmap_is_a_loop(case: Case, rng: np.random.Generator) -> None:
 
 
 @over(
-    {name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")}
+    {name: FEW[name] for name in ("bf16_q4_all_heads", "channel_keys", "bf16_q8_q4_batched_sinks")},
+    fast=(),
+    slow=("channel_keys", "bf16_q8_q4_batched_sinks"),
 )
 def test_shards_of_a_batch(case: Case, rng: np.random.Generator) -> None:
     """With the rows spread over devices, each device keeps its own, as one device would keep
@@ -157,7 +159,7 @@ VERBS: dict[str, Callable[..., CacheState]] = {
 }
 
 
-@over(FEW | REWINDS)
+@over(FEW | REWINDS, fast=(), slow=("channel_keys", "rewind_fp32_q8_q2_sinks"))
 def test_shapes_never_change(case: Case) -> None:
     """Every verb returns the tree, the shapes and the dtypes that it got."""
     states = run(case).states
@@ -177,7 +179,7 @@ PRESET_CASES = {
 }
 
 
-@over(CASES | PRESET_CASES)
+@over(CASES | PRESET_CASES, fast=(), slow=(*IN_CI, *PRESET_CASES))
 def test_zeros_are_the_empty_cache(case: Case) -> None:
     """A tree of zeros, as some checkpoints and modules make one, is what `init` and `clear` give,
     bit for bit."""
@@ -190,7 +192,7 @@ def test_zeros_are_the_empty_cache(case: Case) -> None:
         assert (cleared.end == empty.end).all() and (cleared.lost == empty.lost).all()
 
 
-@over(FEW)
+@over_few
 def test_one_trace_for_a_whole_run(case: Case) -> None:
     """Filling, wrapping, evicting, rewinding and clearing trace each verb once."""
     verbs = {}
@@ -215,7 +217,7 @@ def test_one_trace_for_a_whole_run(case: Case) -> None:
     assert not state.status.any()
 
 
-@over(FEW)
+@over_few
 def test_layers_of_a_stack(case: Case, rng: np.random.Generator) -> None:
     """A scan over layers with the stacked state in the carry == a list of states, one per layer."""
     layers = 3
@@ -258,6 +260,7 @@ def test_layers_of_a_stack(case: Case, rng: np.random.Generator) -> None:
         assert_within(np.abs(outs[i] - expected), bound)
 
 
+@pytest.mark.slow
 def test_layers_prefill_one_by_one(rng: np.random.Generator) -> None:
     """prefill with `layer` fills that layer alone, int or traced."""
     case = CASES["fp16_q4"]
@@ -282,6 +285,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.bits}_{spec.group_size}")
 def test_codes_are_the_same_in_every_program(spec: QuantSpec, rng: np.random.Generator) -> None:
     """Op by op and fused: the same codes and scales of 4,000 groups and more. (A last bit in one of
@@ -292,6 +296,7 @@ def test_codes_are_the_same_in_every_program(spec: QuantSpec, rng: np.random.Gen
     chex.assert_trees_all_equal(jax.jit(quantize)(x), quantize(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", [QuantSpec(8, 64), QuantSpec(4, 32, two_level=True)], ids=["q8", "two_level"]
 )

@@ -48,6 +48,7 @@ def small(name: str) -> Case:
 # One of each axis, the second in float32, so that sizes are free; and the presets.
 OWN = {name: CASES[name] for name in ("fp16_q4", "channel_both")}
 OWN |= {name: small(name) for name in PRESETS}
+SOME = ("channel_both", "Q4_SINKS", "K4V2")  # what CI takes of them, but for the first law
 LENGTH = 45
 HOSTILE = np.float32([0, 1e-38, -7e4, 1.25e5, -1.25e5, 1e30, -3e38])
 SIZED = {name: case for name, case in OWN.items() if case.config.largest > 1e30}
@@ -79,7 +80,7 @@ def hostile_tokens(rng: np.random.Generator, case: Case, length: int) -> tuple[A
     return keys, values
 
 
-@over(OWN)
+@over(OWN, slow=OWN)
 def test_finite_stays_finite(case: Case, rng: np.random.Generator) -> None:
     """Any finite tokens give finite outputs, are held as the twin holds them, and the status says
     where one was too large; NaN and infinities are held as finite numbers, and said."""
@@ -100,7 +101,7 @@ def test_finite_stays_finite(case: Case, rng: np.random.Generator) -> None:
     assert state.status[0] & Status.NOT_FINITE and not state.status[1] & Status.NOT_FINITE
 
 
-@over(OWN)
+@over(OWN, slow=SOME)
 def test_later_tokens_are_hidden(case: Case, rng: np.random.Generator) -> None:
     """Of five tokens appended at once the last may be anything: the queries before it do not see
     it."""
@@ -114,7 +115,7 @@ def test_later_tokens_are_hidden(case: Case, rng: np.random.Generator) -> None:
     assert np.isfinite(outs).all()
 
 
-@over({name: case for name, case in OWN.items() if name != "channel_both"})
+@over({name: case for name, case in OWN.items() if name != "channel_both"}, slow=SOME)
 def test_raw_tokens_of_a_prompt_are_hidden(case: Case, rng: np.random.Generator) -> None:
     """In `prefill` neither what lies beyond a row's length nor what comes later reaches an output,
     and what is too large for the cache is not too large for the prompt's own attention."""
@@ -134,7 +135,7 @@ def test_raw_tokens_of_a_prompt_are_hidden(case: Case, rng: np.random.Generator)
     assert ((state.status == Status.SATURATED) == (case.config.largest < 1e5)).all()
 
 
-@over(OWN)
+@over(OWN, slow=SOME)
 def test_queries_that_see_nothing_give_zeros(case: Case, rng: np.random.Generator) -> None:
     """NaN in the queries of padding and of empty rows changes nothing."""
     keys, values = random_tokens(rng, case, 5)
@@ -147,7 +148,7 @@ def test_queries_that_see_nothing_give_zeros(case: Case, rng: np.random.Generato
     assert not wanted[0].any() and not wanted[1, 2:].any()
 
 
-@over(OWN)
+@over(OWN, slow=SOME)
 def test_what_mask_and_window_hide_is_not_seen(case: Case, rng: np.random.Generator) -> None:
     """Every fourth token is of a size that few formats hold, or is no number: attention over the
     others is exact. (Tokens in one channel group are made of numbers of the loudest's size.)"""
@@ -171,7 +172,7 @@ def test_what_mask_and_window_hide_is_not_seen(case: Case, rng: np.random.Genera
         assert_within(np.abs(out[b] - expected), attention_bound(query[b, -1], pairs))
 
 
-@over(OWN)
+@over(OWN, slow=SOME)
 def test_a_query_that_is_nan_is_heard(case: Case) -> None:
     """A NaN that is asked for is not answered with numbers; the other queries are."""
     query = random_query(np.random.default_rng(0), case)
@@ -181,7 +182,7 @@ def test_a_query_that_is_nan_is_heard(case: Case) -> None:
     assert np.isfinite(np.delete(out.reshape(-1, out.shape[-1]), case.num_heads, axis=0)).all()
 
 
-@over(OWN)
+@over(OWN, slow=SOME)
 def test_the_size_of_a_query_does_not_matter(case: Case, rng: np.random.Generator) -> None:
     """Queries of 1e-38 give the mean of what is seen, those of 1e30 and more the value of the best
     key: exact attention in float64, either way."""
@@ -199,7 +200,7 @@ def test_the_size_of_a_query_does_not_matter(case: Case, rng: np.random.Generato
             assert_within(np.abs(out[b, 0] - expected), bound)
 
 
-@over(SIZED)
+@over(SIZED, slow=SOME)
 def test_the_size_of_tokens_does_not_matter(case: Case, rng: np.random.Generator) -> None:
     """Tokens 2**-40 or 2**40 times as large are held 2**-40 or 2**40 times as large, bit for
     bit."""
@@ -215,7 +216,8 @@ def test_the_size_of_tokens_does_not_matter(case: Case, rng: np.random.Generator
         name: case
         for name, case in OWN.items()
         if all(channel_group(tier.value) == 1 for tier in case.config.chain)
-    }
+    },
+    slow=SOME,
 )
 def test_a_loud_token_deafens_none(case: Case, rng: np.random.Generator) -> None:
     """A value of 30,000 at a weight of 1e-27 or less leaves attention over the others as exact as

@@ -24,7 +24,7 @@ from cases import (
     random_query,
     random_tokens,
 )
-from laws import given
+from laws import given, over
 
 import jaxkv
 from jaxkv import CacheState, Status, reference
@@ -38,12 +38,10 @@ NEW = {
     ),
 }
 ALL = REWINDS | NEW
-over_all = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=[pytest.mark.slow] * (n in ("no_tail", "fp32_window")), id=n)
-        for n, c in ALL.items()
-    ],
+over_all = over(
+    ALL,
+    (),
+    ("no_tail", "fp32_window", "rewind_channel", "rewind_fp32_q8_q2_sinks", "latent_bf16_q8"),
 )
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -84,7 +82,6 @@ def grow(state: CacheState, keys: Array, values: Array, count: Array | int) -> C
     return state
 
 
-@pytest.mark.slow
 @over_all
 def test_speculative_decoding(case: Case, rng: np.random.Generator) -> None:
     """Draft n tokens, verify, accept k (each row its own): the same bits as if only the accepted
@@ -108,7 +105,6 @@ def test_speculative_decoding(case: Case, rng: np.random.Generator) -> None:
     assert int(state.end.max()) > case.config.max_tokens
 
 
-@pytest.mark.slow
 @over_all
 def test_rewinds_in_a_row_add_up(case: Case, rng: np.random.Generator) -> None:
     """What counts is the depth below the highest position reached, however it is split."""
@@ -123,7 +119,6 @@ def test_rewinds_in_a_row_add_up(case: Case, rng: np.random.Generator) -> None:
         assert_same(again, plain)
 
 
-@pytest.mark.slow
 @over_all
 @pytest.mark.parametrize("beyond", [1, 2, 4])
 def test_deeper_rewinds_lose_nothing_that_is_held(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CODE_UNIT, Array, attention_bound
-from laws import as_of
+from laws import as_of, marked
 
 import jaxkv
 from jaxkv import CacheState, KvCacheConfig, Precision, reference
@@ -257,29 +257,21 @@ def test_each_option(option: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "option",
-    [pytest.param(o, marks=[pytest.mark.slow] * (o not in ("cross", "all"))) for o in COMBINED],
-)
+@pytest.mark.parametrize("option", COMBINED)
 def test_options_together(option: str) -> None:
     check("chain", options(option))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] * (n in ("FP16", "Q4_SINKS", "K4V2")))
-        for n in jaxkv.PRESETS
-    ],
-)
+@pytest.mark.parametrize("name", jaxkv.PRESETS)
 def test_options_together_with_every_preset(name: str) -> None:
     check(name, options("all"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("option", SINGLE)
-@pytest.mark.parametrize("name", ["chain", "KIVI2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=marked(n, (), ["chain"])) for n in ("chain", "KIVI2")]
+)
 def test_each_option_on_more_tiers(name: str, option: str) -> None:
     check(name, options(option))
 

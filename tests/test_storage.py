@@ -45,7 +45,6 @@ CONFIGS = {
         4, max_tokens=24, num_kv_heads=K, head_dim=H, key_quant=QuantSpec(4, center=True)
     ),
 }
-QUICK = ("Q4_SINKS", "Q4K", "KIVI2", "bf16_chain", "centred")  # the other presets are slow
 STEPS = {"not_full": 3, "wrapped": 14}  # appends of 8 tokens
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 append, attend = jit(jaxkv.append), jit(jaxkv.attend)
@@ -76,9 +75,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CONFIGS]
-)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_loaded_caches_go_on_bit_for_bit(name: str, steps: int, path: Path) -> None:
     state = filled(name, steps)
     save(path, state)
