@@ -343,6 +343,7 @@ OPERATIONS = {
         "and",
         "not",
         "or",
+        "xor",
         "shift_left",
         "shift_right_arithmetic",
         "compare",
