@@ -35,6 +35,12 @@ config = jaxkv.KvCacheConfig(4, max_tokens=256, num_kv_heads=1, head_dim=8)
 keys = values = np.ones((4, 6, 1, 8), np.float32)
 lengths, source, target, rows, row = np.array([6, 6, 0, 3]), 0, 2, [1], 3
 """,
+    "Reading, and keeping, only the pages that matter": """
+import jaxkv, numpy as np
+from jaxkv import paged
+config = jaxkv.KvCacheConfig(4, max_tokens=256, num_kv_heads=1, head_dim=8)
+query = np.ones((4, 1, 2, 8), np.float32)
+""",
     "On disk": """
 import jaxkv
 config = jaxkv.KvCacheConfig(4, max_tokens=16, num_kv_heads=1, head_dim=8)

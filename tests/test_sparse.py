@@ -97,7 +97,7 @@ def held_summary(state: CacheState, row: int, column: int, head: int) -> PageSum
     return PageSummary(mean - unit * below, mean + unit * above, mean, float(held.norm[head]))
 
 
-@over("q4", "channel_keys")
+@over("q4")
 def test_summaries_enclose_what_is_stored(name):
     """Every key of a full page lies inside, and some of them within a unit of the bounds."""
     state = filled(name)
@@ -117,7 +117,7 @@ def test_summaries_enclose_what_is_stored(name):
                 np.testing.assert_allclose(held.norm, exact.norm, rtol=1e-6)
 
 
-@over("q4")
+@over()
 def test_summaries_are_the_same_whichever_way_tokens_came(name):
     """All at once, some at a time, and after a rewind: bit for bit those of full pages."""
     whole, parts = filled(name), filled(name, 7)
@@ -145,8 +145,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@over("q4", "sinks")
-@pytest.mark.parametrize("options", OPTIONS)
+@over("q4")
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, marks=[pytest.mark.slow] * (o != "plain")) for o in OPTIONS],
+)
 def test_all_pages_are_attention_without(name, options):
     """Bit for bit, whether as many are asked for as there are or more, jitted and not."""
     state, query = filled(name), tokens()[2][:, :1]
@@ -185,8 +188,8 @@ def twin(state: CacheState, query: Array, number: int | None, options: Options) 
     return tuple(np.stack(x)[:, None] for x in zip(*found, strict=True))
 
 
-@over("q4", "channel_keys", "q8_rotary")
-@pytest.mark.parametrize("number", [1, 4])
+@over("q4")
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_best_pages_are_read(name, number):
     """And the tail, and what is not full; the weight left out is no more than is said."""
     state, query = filled(name), tokens()[2][:, :1]
@@ -201,7 +204,7 @@ def test_the_best_pages_are_read(name, number):
     assert (missing <= left + 1e-6).all()
 
 
-@over("q4")
+@over()
 def test_several_queries_read_what_any_of_them_wants(name):
     """More pages bring more; drafts, ragged and causal among each other."""
     state, query = filled(name), tokens()[2]
@@ -215,7 +218,7 @@ def test_several_queries_read_what_any_of_them_wants(name):
     np.testing.assert_array_equal(out[1, 2], 0)
 
 
-@over("q4", "sinks")
+@over()
 def test_mass_is_the_weight_of_pages(name):
     """Summed over the queries of a kv head; with what tail and sinks got it adds up."""
     state, query = filled(name), tokens()[2][:, :1]
@@ -244,7 +247,7 @@ def assert_attends(state: CacheState) -> None:
     )
 
 
-@over("q4")
+@over()
 def test_compression_keeps_the_best(name):
     """As many as the budget says, per row; the rest is gone from attention, `gather` and `stats`,
     and free; everything goes on."""
@@ -299,6 +302,7 @@ def test_what_was_compressed_cannot_be_rewound_into():
     chex.assert_trees_all_equal(paged.gather(refused), paged.gather(gone))
 
 
+@pytest.mark.slow
 def test_scores_know_pages_apart():
     """Each by what it asks for: recent, short, unlike the others, looked at, to be looked at."""
     state, query = filled("q4"), tokens()[2][:, :1]
@@ -360,6 +364,7 @@ def test_layers_share_a_table_and_not_their_summaries():
     assert (totals < LENGTHS).all()
 
 
+@pytest.mark.slow
 def test_a_decoding_step_copies_nothing():
     """Appending to a pool with summaries needs no more memory than without."""
     config = jaxkv.preset("q4", max_tokens=4096, num_kv_heads=K, head_dim=64)

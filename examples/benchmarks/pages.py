@@ -5,6 +5,7 @@ python examples/benchmarks/pages.py --quick
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -49,6 +50,26 @@ def attention(rows: int, tokens: int, times: int) -> dict[str, float]:
             assert granted.all()
         state = append(state, x, x, lengths)
         found[f"pages of {size}" if size else "rings"] = median(lambda: attend(state, query), times)  # noqa: B023
+    return found
+
+
+def sparse(tokens: int, times: int) -> dict[str, float]:
+    """Decode attention of one row that reads some of its pages for each kv head."""
+    config = jaxkv.KvCacheConfig(64, max_tokens=tokens, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    pages, chunk = tokens // paged.pool.PAGE_SIZE, min(tokens, 8192)
+    state = paged.init(config, pages + 2, 1, summaries=True)
+    state, granted = jax.jit(paged.reserve, donate_argnums=0)(state, tokens)
+    assert granted.all()
+    append = jax.jit(jaxkv.append, donate_argnums=0)
+    for start in range(0, tokens, chunk):
+        x = jax.random.normal(jax.random.key(start), (1, chunk, KV_HEADS, HEAD_DIM))
+        state = append(state, x, x)
+    query = jax.random.normal(jax.random.key(1), (1, 1, HEADS, HEAD_DIM))
+    found = {}
+    for share in (1, 2, 4, 8):
+        read = {"top_pages": pages // share} if share > 1 else {}
+        attend = jax.jit(functools.partial(jaxkv.attend, **read))
+        found[f"1/{share}"] = median(lambda: attend(state, query), times)  # noqa: B023
     return found
 
 
@@ -101,6 +122,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Q4, a tail of 64, ms (medians)")
     for rows in (1, 8):
         print(f"attention, {rows} row(s) of {tokens:,}:", rounded(attention(rows, tokens, times)))
+    for length in (tokens, 4 * tokens):
+        print(f"the best pages of {length:,} tokens:", rounded(sparse(length, times)))
     print("pool of 100,000 pages, 32 rows:", rounded(allocation(100_000, 2 * times)))
     print("sequences of 2,048 tokens for one in fp16 pages:", rounded(capacity()))
 
