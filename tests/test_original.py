@@ -27,12 +27,12 @@ LEVELS = {"q8": 255, "q4": 15, "q4k": 15}  # the original's Q4K is its Q4
 
 
 def scripts(kind: str) -> list[Any]:
-    """The scripts of a kind. Of those of two tiers, which are compiled, CI takes one in five."""
+    """The scripts of a kind. Of those of two tiers, which are compiled, CI takes one in ten."""
     return [
         pytest.param(
             script,
             id=str(script["seed"]),
-            marks=marked(script["seed"] % 5, (), [0]) if kind == "two" else (),
+            marks=marked(script["seed"] % 10, (), [0]) if kind == "two" else (),
         )
         for script in SCRIPTS
         if script["kind"] == kind

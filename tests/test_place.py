@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laws import marked
 
 import jaxkv
 from jaxkv import platform
 from jaxkv.chain import LANES
 from jaxkv.tiers.place import Run, scatter, windows
-
-pytestmark = pytest.mark.slow
 
 ROWS, HEADS, WORDS = 3, 2, 4
 AXES = {-2: (HEADS, "S", WORDS), -1: (HEADS, WORDS, "S")}
@@ -40,7 +39,10 @@ def runs(capacity: int, size: int) -> Run:
 
 @pytest.mark.parametrize("put", [scatter, windows])
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("capacity", [1, 2, 50, LANES, 300, 3 * LANES])
+@pytest.mark.parametrize(
+    "capacity",
+    [pytest.param(n, marks=marked(n, (), (50, 300))) for n in (1, 2, 50, LANES, 300, 3 * LANES)],
+)
 def test_tokens_land_in_their_slots(
     capacity: int, axis: int, put: Any, rng: np.random.Generator
 ) -> None:
@@ -58,6 +60,7 @@ def test_tokens_land_in_their_slots(
         np.testing.assert_array_equal(found, np.stack([old[0], expected]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4", "Q4K", "Q4_BIAS", "Q2"])
 def test_a_cache_is_the_same_on_both(
     name: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
