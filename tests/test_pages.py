@@ -165,9 +165,18 @@ class Rows(RuleBasedStateMachine):
             np.testing.assert_array_equal(self.data[page], data)
 
 
-TestRows = Rows.TestCase
-TestRows.pytestmark = pytest.mark.slow  # type: ignore[attr-defined]
-TestRows.settings = hypothesis.settings(max_examples=60, stateful_step_count=50)
+class TestRows(Rows.TestCase):  # type: ignore[misc]
+    """Some sequences of steps."""
+
+    pytestmark = pytest.mark.slow
+    settings = hypothesis.settings(max_examples=12, stateful_step_count=30)
+
+
+class TestManyRows(Rows.TestCase):  # type: ignore[misc]
+    """More of them, and longer."""
+
+    pytestmark = pytest.mark.exhaustive
+    settings = hypothesis.settings(max_examples=60, stateful_step_count=50)
 
 
 def test_taking_compiles_once():

@@ -43,7 +43,10 @@ NAMES = [
     "rewind_fp32_q8_q2_sinks",
     "rewind_channel",
 ]
-EXAMPLES = 250  # of each; 2,000 in all
+EXAMPLES = [  # of each case, in all 200 in CI, and 2,000
+    pytest.param(25, marks=pytest.mark.slow),
+    pytest.param(250, marks=pytest.mark.exhaustive),
+]
 B, T = 2, 3
 OPTIONS: dict[str, Any] = {"window": 7, "soft_cap": 6.0, "decay": 0.1}
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -188,14 +191,16 @@ def begun(name: str, count: int) -> tuple[CacheState, ReferenceState]:
     return state, twin
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", NAMES)
-def test_sequences_of_verbs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_sequences_of_verbs(
+    name: str, examples: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """From an empty, a filling or an overflowing cache on."""
     path: Path = tmp_path_factory.mktemp("verbs") / "cache"
 
     @hypothesis.settings(
-        max_examples=EXAMPLES, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink]
+        max_examples=examples, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink]
     )
     @hypothesis.given(start=st.sampled_from([0, 9, 30]), steps=STEPS, seed=st.integers(0, 2**16))
     def run(start: int, steps: list[tuple[str, Array]], seed: int) -> None:
