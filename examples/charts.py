@@ -4,6 +4,8 @@ takes."""
 import pathlib
 from typing import Any
 
+import numpy as np
+
 Rows = dict[str, dict[str, float]]
 
 TICKS = (2.5, 3, 3.5, 4, 4.5, 5, 6, 8.5)
@@ -60,3 +62,29 @@ def draw_points(panel: Any, label: str, rows: Rows, column: str, marker: str) ->
             textcoords="offset points",
             fontsize=7,
         )
+
+
+def plot_sparse(found: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """KL against the bytes that a step reads, for every way of reading or keeping fewer pages."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(7 * len(found), 6), layout="constrained")
+    for panel, model in zip(np.atleast_1d(panels), found, strict=True):
+        rows = {name: row for name, row in model["rows"].items() if row["kl"] and row["bytes"]}
+        most, ways = rows["all pages"]["bytes"], dict[str, list[tuple[float, float]]]()
+        for name, row in rows.items():
+            way = name.split(" 1/")[0]
+            ways.setdefault(way, []).append((row["bytes"] / most, float(np.mean(row["kl"]))))
+        colors = plt.get_cmap("tab20")
+        for index, (way, points) in enumerate(ways.items()):
+            line = "-o" if way == "top" else "--." if len(points) > 1 else "s"
+            label = "best pages (top_pages)" if way == "top" else way
+            panel.plot(*zip(*points, strict=True), line, label=label, color=colors(2 * index % 20))
+        panel.set(title=f"{model['model'].split('.')[0]}, {model['tokens']:,} tokens")
+        panel.set(xlabel="bytes read at a step, of those of all 4-bit pages")
+        panel.set(ylabel="KL divergence from fp32", xscale="log", yscale="log")
+        panel.set_xticks([0.125, 0.25, 0.5, 1], labels=["1/8", "1/4", "1/2", "1"])
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+from charts import plot_sparse
 from probes import passkey_prompt
 from texts import TEXTS, read_text
 
@@ -235,7 +236,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, row in measure(reader, prompt, tokens, False, args).items():
             found = key in model.tokenizer.decode([int(t) for t in row["tokens"]])
             results[name]["found"].append(found)
-    return {"model": model.path.stem, "tokens": args.tokens, "page": PAGE, "rows": results}
+    sizes = {"tokens": args.tokens, "scored": args.scored * args.texts, "page": PAGE}
+    return {"model": model.path.stem, **sizes, "rows": results}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -269,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.save:
         path = RESULTS / f"sparse_{found['model']}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
+        files = sorted(RESULTS.glob("sparse_*.json"))
+        plot_sparse([json.loads(file.read_text()) for file in files], RESULTS / "sparse.png")
     if args.quick:
         all_pages, few = (found["rows"][name]["kl"] for name in ("all pages", "attention 1/8"))
         assert all_pages <= few, "fewer pages cannot be better"

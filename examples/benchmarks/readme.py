@@ -251,6 +251,30 @@ def cell(times: dict[str, float], name: str) -> str:
     return f"{times[name]:.2f}{ratio}" if name in times else ""
 
 
+def sparse(found: list[dict[str, Any]]) -> str:
+    """What each way of reading or keeping fewer pages loses, of several models."""
+
+    def cell(model: dict[str, Any], name: str) -> list[str]:
+        row = model["rows"].get(name)
+        if row is None:
+            return ["-", "-"]
+        kl = f"{sum(row['kl']) / len(row['kl']):.3f}" if row["kl"] else "-"
+        return [kl, f"{sum(row['found'])}/{len(row['found'])}" if row["found"] else "-"]
+
+    names = [name for name in found[0]["rows"] if name != "fp32"]
+    most = found[0]["rows"]["all pages"]["bytes"]
+    head = ["read, or kept", "bytes read"]
+    for model in found:
+        short = model["model"].split(".")[0]
+        head += [f"{short}: KL, {model['scored']} tokens", "passkeys"]
+    rows = [
+        [name, f"{found[0]['rows'][name]['bytes'] / most:.2f}"]
+        + [text for model in found for text in cell(model, name)]
+        for name in names
+    ]
+    return table(head, rows)
+
+
 def sections() -> dict[str, str]:
     found = {"presets": presets()}
     for name, write, file in (
@@ -261,6 +285,9 @@ def sections() -> dict[str, str]:
     ):
         if (RESULTS / file).exists():
             found[name] = write(json.loads((RESULTS / file).read_text()))
+    of_models = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("sparse_*.json"))]
+    if of_models:
+        found["sparse"] = sparse(of_models)
     on_gpus = [
         measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))
     ]
