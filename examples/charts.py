@@ -22,8 +22,8 @@ def show(rows: Rows) -> None:
         )
 
 
-def plot(data: dict[str, Any], path: pathlib.Path) -> None:
-    """KL and perplexity increase against bits per element, ours and llama.cpp's."""
+def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """KL and perplexity increase against bits per element, of each model that was measured."""
     import matplotlib.pyplot as plt  # optional: the extra `bench`
 
     figure, panels = plt.subplots(1, 2, figsize=(15, 7), layout="constrained")
@@ -32,8 +32,10 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
         "perplexity_increase_percent": "perplexity increase (%)",
     }
     for panel, (column, title) in zip(panels, columns.items(), strict=True):
-        draw_points(panel, "jaxkv", data.get("sweep", {}), column, "o")
-        draw_points(panel, "llama.cpp", data.get("llama_cpp", {}), column, "^")
+        for data in runs:
+            model = data["model"].removesuffix(".gguf")
+            draw_points(panel, model, data.get("sweep", {}), column, "o")
+            draw_points(panel, f"llama.cpp, {model}", data.get("llama_cpp", {}), column, "^")
         panel.set_xscale("log", base=2)
         panel.set_xticks(TICKS, labels=[str(tick) for tick in TICKS])
         panel.set(xlabel="bits per element, metadata included", ylabel=title)

@@ -1,7 +1,7 @@
 """What each cache costs in quality on a model: a sweep over codecs, and four harder questions.
 
     python examples/quality.py --tokens 16384            # writes results/quality.json and .png; a rerun adds what is missing
-    python examples/quality.py --model qwen2.5-0.5b.gguf --tokens 8192 --out qwen.json    # SmolLM2-135M is the default
+    python examples/quality.py --model qwen2.5-0.5b.gguf --tokens 8192    # a file of its own; SmolLM2-135M is the default
     python examples/quality.py --quick                   # a few caches on two short windows; fails if one has become worse
     python examples/quality.py --peers --python .venv/bin/python    # llama.cpp's KV types on the same windows, too
 
@@ -313,7 +313,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.quick:
         check_quick(results.data["sweep"])
     else:
-        plot(results.data, args.out.with_suffix(".png"))
+        runs = sorted({args.out, *args.out.parent.glob(f"{RESULTS.stem}*.json")})
+        plot([json.loads(path.read_text()) for path in runs], args.out.with_name("quality.png"))
     return results.data
 
 

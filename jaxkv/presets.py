@@ -23,7 +23,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Q4": (
         dict(store_precision=Precision.Q4),
-        "The default: 28 % of the memory. Models with key biases (Qwen2) need `rotary=`.",
+        "The default: 28 % of the memory. Key biases (Qwen2) need `rotary=`; `layers_of` gives it.",
     ),
     "Q4_SINKS": (
         dict(store_precision=Precision.Q4, sink_tokens=64),
@@ -31,7 +31,7 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Q4K": (
         dict(store_precision=Precision.Q4K),
-        "Smaller groups at the price of Q4's: for models with wide outliers.",
+        "Smaller groups at Q4's price: for wide outliers. Key biases need `rotary=`.",
     ),
     "Q4_BIAS": (
         dict(
@@ -41,19 +41,19 @@ PRESETS: dict[str, tuple[dict[str, Any], str]] = {
             migration_batch=32,
             sink_tokens=64,
         ),
-        "Also called Q4_BEST: the least loss at 4 bits on every model measured; keys per channel.",
+        "Also called Q4_BEST: the least loss at 4 bits, key biases included; keys per channel.",
     ),
     "K4V2": (
         dict(key_quant=adapting(4), value_quant=adapting(2), sink_tokens=64),
-        "A fifth of the memory: values bear 2 bits, keys do not.",
+        "A fifth of the memory: values bear 2 bits, keys do not. Key biases need `rotary=`.",
     ),
     "K3V2": (
         dict(key_quant=adapting(3), value_quant=adapting(2), sink_tokens=64),
-        "Between K4V2 and Q2, slower to read than both: keys need the third bit.",
+        "Between K4V2 and Q2, slower to read than both. Key biases need `rotary=`.",
     ),
     "Q2": (
         dict(store_precision=Precision.Q2, sink_tokens=64),
-        "The longest context that still reads well: 2.5 bits, sinks exact.",
+        "The longest context that still reads well: sinks exact. Key biases need `rotary=`.",
     ),
     "KIVI2": (
         dict(

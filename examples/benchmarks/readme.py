@@ -7,6 +7,7 @@ python examples/benchmarks/readme.py [--check]
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -61,14 +62,45 @@ def quality(found: dict[str, Any]) -> str:
         table(head, rows),
     ]
     parts += [
-        "![KL and perplexity against bits per element](examples/benchmarks/results/quality.png)"
-    ]
-    parts += [
         write(found[name])
         for name, write in (("bias", bias), ("greedy", greedy), ("passkey", passkey))
         if found.get(name)
     ]
     return "\n\n".join(parts)
+
+
+def models(found: list[dict[str, Any]]) -> str:
+    """What each cache that several models were asked for loses, the worst model first."""
+    common = set.intersection(*(set(results["sweep"]) for results in found))
+    runs = sorted(found, key=lambda run: -sum(run["sweep"][name]["kl"] for name in common))
+    asked = collections.Counter(name for results in runs for name in results["sweep"])
+    names = [name for name, count in asked.items() if count > 1]
+    rows = []
+    for name in sorted(names, key=lambda name: -bits_of(runs, name)):
+        scores = [results["sweep"].get(name) for results in runs]
+        rows.append([f"`{name}`", f"{bits_of(runs, name):.2f}", *map(loss, scores)])
+    labels = [results["model"].removesuffix(".gguf") for results in runs]
+    picture = (
+        "![KL and perplexity against bits per element](examples/benchmarks/results/quality.png)"
+    )
+    return f"{table(['cache', 'bits/element', *labels], rows)}\n\n{picture}"
+
+
+def bits_of(runs: list[dict[str, Any]], name: str) -> float:
+    """The most that an element of a cache takes in any model."""
+    return max(run["sweep"][name]["bits_per_element"] for run in runs if name in run["sweep"])
+
+
+def loss(row: dict[str, float] | None) -> str:
+    """KL (its 99.9 % quantile), perplexity, top-1; tokens where they are fewer than 8,192."""
+    if row is None:
+        return ""
+    few = f", {row['tokens']:,} tokens" if row["tokens"] < 8192 else ""
+    worst = f" ({row['kl_99.9']:.3g})" if "kl_99.9" in row else ""
+    return (
+        f"{row['kl']:.5f}{worst}, "
+        f"{row['perplexity_increase_percent']:+.2f} %, {row['top1']:.3f}{few}"
+    )
 
 
 def bias(found: dict[str, Any]) -> str:
@@ -288,6 +320,9 @@ def sections() -> dict[str, str]:
     of_models = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("sparse_*.json"))]
     if of_models:
         found["sparse"] = sparse(of_models)
+    swept = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quality*.json"))]
+    if swept := [results for results in swept if results.get("sweep")]:
+        found["models"] = models(swept)
     on_gpus = [
         measured(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu_nvidia*.json"))
     ]
