@@ -26,7 +26,6 @@ from jaxkv.state import CacheState, segments
 from jaxkv.tiers.entry import finite
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment, Tier
-from jaxkv.tiers.summaries import Summaries
 from jaxkv.tiers.tokens import Tokens, float_data
 
 
@@ -150,7 +149,8 @@ def attention(
         return segments(state, layer, position + 1 if each_its_own else None)
 
     if wanted.by_page:
-        return _by_page(held, query, position, scoring, sinks, wanted, state.summaries)
+        reading = sparse.Reading(state.summaries, wanted.top_pages, wanted.mass)
+        return _by_page(held, query, position, scoring, sinks, reading, wanted.lse, implementation)
     partial = over_segments(held, query, position, scoring, sinks, implementation)
     return finish([partial], scoring, query, wanted.lse)
 
@@ -172,39 +172,38 @@ def _by_page(
     position: jax.Array,
     scoring: Scoring,
     sinks: int,
-    wanted: Wanted,
-    summaries: Summaries | None,
+    reading: sparse.Reading,
+    return_lse: bool,
+    implementation: dispatch.Implementation,
 ) -> Any:
     """`attention` over a pool whose pages are chosen, or weighed."""
     *others, last = held(position)
 
+    def over(parts: Callable[[jax.Array], list[Segment]]) -> Partial:
+        return over_segments(parts, query, position, scoring, sinks, implementation)
+
     def whole() -> sparse.Paged:
-        partial = over_segments(held, query, position, scoring, sinks, "xla")
-        return sparse.nothing_left(partial, last)
+        return sparse.nothing_left(over(held), last)
 
     def some() -> sparse.Paged:
-        reading = sparse.Reading(summaries, wanted.top_pages, wanted.mass)
         found = sparse.over_pages(last, query, position, scoring, sinks, reading)
-        if not others:
-            return found
-        rest = over_segments(lambda at: held(at)[:-1], query, position, scoring, sinks, "xla")
-        return found.beside(rest)
+        return found.beside(over(lambda at: held(at)[:-1])) if others else found
 
-    if wanted.mass or wanted.top_pages is None:
+    if reading.mass or reading.top_pages is None:
         found = some()
     else:
         newest = scoring.reach(position, sinks)[1]
-        all_read = sparse.covers(last, scoring, newest, wanted.top_pages)
+        all_read = sparse.covers(last, scoring, newest, reading.top_pages)
         found = lax.switch(all_read.astype(jnp.int32), [some, whole])
     out, lse = finish([found.partial], scoring, query, True)
     results = [out]
-    if wanted.lse:
+    if return_lse:
         results.append(lse)
-        if wanted.top_pages is not None:
+        if reading.top_pages is not None:
             left = unfold(found.left[..., None], query)[..., 0]
             share = jax.nn.sigmoid(left - jnp.maximum(lse, softmax.FLOOR))
             results.append(jnp.where(jnp.isneginf(left), 0.0, share))
-    if wanted.mass:
+    if reading.mass:
         results.append(found.shares(scoring.sink_partial(found.partial.out.shape)))
     return tuple(results) if len(results) > 1 else out
 

@@ -86,9 +86,7 @@ def over_pages(
         options = scoring.head(head, heads).row(row)
         own = Queries.of(queries, only(position, row), options, sink_tokens, 1)
         chosen, left = _chosen(part.row(row), own, reading, row, head)
-        partial, mass = _attended(
-            chosen, bases.at(row, head), own, sides, (row, head), reading.mass
-        )
+        partial, mass = _attended(chosen, bases.at(row, head), own, sides, (row, head), reading)
         found = Paged(partial, mass, left)
         return jax.tree.map(lambda x: x[0, 0], found)
 
@@ -186,20 +184,22 @@ def _attended(
     own: Queries,
     sides: flash.Sides,
     place: tuple[jax.Array, jax.Array],
-    with_mass: bool,
+    reading: Reading,
 ) -> tuple[Partial, jax.Array]:
     """Attention of the queries of one row and kv head over the pages of a segment, and each page's
     part [1, 1, R, P] of the sum."""
-    pages, found = part.pages, []
+    pages, found, most = part.pages, [], None
     assert pages is not None
+    if reading.top_pages is not None:  # a block of more pages than are read would be half empty
+        most = (reading.top_pages + 1) * pages.size
 
     def run(
         part: Segment, basis: Basis, query: jax.Array, visible: Visible, adjust: Adjust | None
     ) -> Partial:
         at = (part.layer, *place)
-        scored = Scored.of(part, sides, query, own.unit, visible, adjust, own.newest, at)
+        scored = Scored.of(part, sides, query, own.unit, visible, adjust, own.newest, at, most)
         partial = xla.visited(scored, query)
-        found.append(_mass(scored, partial, pages.table.shape[1]) if with_mass else None)
+        found.append(_mass(scored, partial, pages.table.shape[1]) if reading.mass else None)
         return dispatch.in_tokens_basis(basis, partial)
 
     partial = in_basis(part, bases, own, run)

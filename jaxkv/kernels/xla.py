@@ -142,8 +142,11 @@ class Scored:
         adjust: Adjust | None,
         newest: jax.Array,
         place: tuple[Index, Index, Index],
+        most: int | None = None,
     ) -> Scored:
-        blocks = walk(part, newest, _block_size(part, query))
+        """Of blocks of at most `most` slots, if that is given."""
+        size = _block_size(part, query)
+        blocks = walk(part, newest, size if most is None else min(size, most))
         # The compiler sees through `< 0` where positions are a maximum with 0.
         never = part.high[0] == -1
         key = reader(part.spec.key, query.shape[-1], never)
