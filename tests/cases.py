@@ -268,12 +268,15 @@ def quantization_bound(entry: Entry, before: Array) -> Array:
     return before + turning + _norms_of_groups(step / 2 + 2.0**-10 * most, entry, entry.fmt)
 
 
+def searches_scales(fmt: Precision | QuantSpec) -> bool:
+    """Whether a group's scale is searched for: 8 bits leave nothing to gain."""
+    return isinstance(fmt, QuantSpec) and fmt.bits < 8 and fmt.axis == "token" and not fmt.symmetric
+
+
 def is_searched(fmt: Precision | QuantSpec) -> bool:
     """Whether scales are searched for, or a basis is, so that codes depend on more than the rules
     of rounding."""
-    return isinstance(fmt, QuantSpec) and (
-        fmt.align or (fmt.bits < 8 and fmt.axis == "token" and not fmt.symmetric)
-    )
+    return searches_scales(fmt) or (isinstance(fmt, QuantSpec) and fmt.align)
 
 
 def search_slack(entry: Entry) -> Array:

@@ -25,6 +25,7 @@ from cases import (
     random_query,
     random_tokens,
     search_slack,
+    searches_scales,
 )
 from laws import (
     append,
@@ -168,7 +169,7 @@ def test_search_is_no_worse_than_the_whole_range(case: Case) -> None:
             )
             assert_within(searched, plain + norms(search_slack(entry)[0].reshape(shares)))
             gains.append(np.mean(searched / plain))
-    assert not gains or np.mean(gains) < 1
+    assert not gains or not searches_scales(spec.key) or np.mean(gains) < 1
 
 
 @over(CASES)
