@@ -192,10 +192,11 @@ def measure(
 ) -> dict[str, Any]:
     """Each setting's preferred tokens after a prompt, and its KL if scored; bytes besides."""
     config, params, dense = reader.config, reader.params, llama.cached
-    exact, *_ = reader.read(jaxkv.init(reader.cache("fp32"), 1, config.num_layers), prompt)
-    best, logs = decoded(config, dense, params, exact, tokens, None)
-    baseline, begun = logs[:, 0] if scored else None, time.perf_counter()
-    found: dict[str, Any] = {"fp32": {"tokens": best[:, 0]}}
+    baseline, begun = None, time.perf_counter()
+    found: dict[str, Any] = {}
+    if scored:
+        exact, *_ = reader.read(jaxkv.init(reader.cache("fp32"), 1, config.num_layers), prompt)
+        baseline = decoded(config, dense, params, exact, tokens, None)[1][:, 0]
 
     def add(names: list[str], nbytes: list[float], state: State, attention: Any) -> None:
         best, kl = decoded(config, attention, params, state, tokens, baseline)
@@ -217,9 +218,12 @@ def measure(
     return found
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """What was found; saved after every text and passkey, since each takes minutes."""
     model = gguf_model.load(args.model)
     reader, results = Reader(model, args.tokens), {}
+    sizes = {"tokens": args.tokens, "scored": 0, "page": PAGE}
+    report: dict[str, Any] = {"model": model.path.stem, **sizes, "rows": results}
     for text in TEXTS[: args.texts]:
         print(f"{text}: {args.tokens} tokens", file=sys.stderr)
         start = [] if model.start_token is None else [model.start_token]
@@ -227,7 +231,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prompt, rest = ids[: -args.scored + 1], np.array(ids[-args.scored :], np.int32)
         for name, row in measure(reader, prompt, rest, True, args).items():
             own = results.setdefault(name, {"kl": [], "found": [], "bytes": row.get("bytes")})
-            own["kl"] += [row["kl"]] if "kl" in row else []
+            own["kl"].append(row["kl"])
+        report["scored"] += args.scored
+        save(report)
     for trial in range(args.passkeys):
         key, depth = str(10_000 + 7919 * (trial + 1) % 90_000), (trial + 0.5) / args.passkeys
         print(f"passkey {key} at depth {depth:.2f}", file=sys.stderr)
@@ -235,9 +241,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokens = np.array([prompt[-1], *[-1] * 11], np.int32)
         for name, row in measure(reader, prompt, tokens, False, args).items():
             found = key in model.tokenizer.decode([int(t) for t in row["tokens"]])
-            results[name]["found"].append(found)
-    sizes = {"tokens": args.tokens, "scored": args.scored * args.texts, "page": PAGE}
-    return {"model": model.path.stem, **sizes, "rows": results}
+            own = results.setdefault(name, {"kl": [], "found": [], "bytes": row["bytes"]})
+            own["found"].append(found)
+        save(report)
+    return report
+
+
+def save(report: dict[str, Any]) -> None:
+    path = RESULTS / f"sparse_{report['model']}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    files = sorted(RESULTS.glob("sparse_*.json"))
+    plot_sparse([json.loads(file.read_text()) for file in files], RESULTS / "sparse.png")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -266,13 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.tokens, args.scored, args.texts, args.passkeys = 1024, 16, 1, 0
         args.shares, args.scores, args.stores = (8,), ("recency", "attention"), ()
-    found = run(args)
+    found = run(args, save if args.save else lambda report: None)
     show(found)
-    if args.save:
-        path = RESULTS / f"sparse_{found['model']}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        files = sorted(RESULTS.glob("sparse_*.json"))
-        plot_sparse([json.loads(file.read_text()) for file in files], RESULTS / "sparse.png")
     if args.quick:
         all_pages, few = (found["rows"][name]["kl"] for name in ("all pages", "attention 1/8"))
         assert all_pages <= few, "fewer pages cannot be better"
