@@ -1,6 +1,7 @@
 """A small server: many requests over one pool of quantized pages.
 
     python examples/serve.py            # 24 requests through 4 rows
+    python examples/serve.py --first    # the first token of two requests that share 1,024 tokens
     python examples/serve.py --quick
 
 Requests come with a system prompt that they share and questions of their own. They are decoded
@@ -253,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     gguf_model.add_model_option(parser)
     parser.add_argument("--store", default="q4", choices=[p.value for p in jaxkv.Precision])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
+    parser.add_argument("--first", action="store_true", help="what a shared prompt saves")
     args = parser.parse_args(argv)
     model = gguf_model.load(args.model)
     count, shared, longest, pages = (6, 96, 24, 10) if args.quick else (24, 512, 128, 64)
@@ -264,6 +266,9 @@ def main(argv: list[str] | None = None) -> None:
         head_dim=model.config.head_dim,
         rewind_length=DRAFT,
     )
+    if args.first:
+        first_tokens(model, config)
+        return
     requests = make_requests(model, count, shared, longest)
     server, start = Server(model, config, pages, shares=True), time.perf_counter()
     print("compiling two steps: one that reads prompts, one that decodes", file=sys.stderr)
@@ -298,6 +303,21 @@ def make_requests(model: gguf_model.Model, count: int, shared: int, longest: int
         )
         for i in range(count)
     ]
+
+
+def first_tokens(model: gguf_model.Model, config: jaxkv.KvCacheConfig) -> None:
+    """One request after the other; before them one that shares nothing, while steps compile."""
+    server = Server(model, config, 96, shares=True)
+    unlike = Request(model.encode(read_text("code")[:400]), 2)
+    first, second = make_requests(model, 2, 1024, 4)
+    for request in (unlike, first, second):
+        for _ in server.run([request]):
+            pass
+    print(
+        f"prompts of {len(first.prompt)} and {len(second.prompt)} tokens, 1,024 of them shared: "
+        f"{first.first:.3f} and {second.first:.3f} s to the first token, "
+        f"{first.first / second.first:.1f} times sooner"
+    )
 
 
 def alone(

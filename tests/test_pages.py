@@ -173,10 +173,10 @@ class TestRows(Rows.TestCase):  # type: ignore[misc]
 
 
 class TestManyRows(Rows.TestCase):  # type: ignore[misc]
-    """More of them, and longer."""
+    """Ten thousand steps."""
 
     pytestmark = pytest.mark.exhaustive
-    settings = hypothesis.settings(max_examples=60, stateful_step_count=50)
+    settings = hypothesis.settings(max_examples=200, stateful_step_count=50)
 
 
 def test_taking_compiles_once():

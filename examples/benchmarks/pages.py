@@ -1,4 +1,5 @@
-"""A pool of pages against a cache of rings: attention, capacity, and what taking pages costs.
+"""A pool of pages against a cache of rings: attention, capacity, what taking pages and moving rows
+costs.
 
 python examples/benchmarks/pages.py
 python examples/benchmarks/pages.py --quick
@@ -94,6 +95,42 @@ def allocation(num_pages: int, times: int) -> dict[str, float]:
     return found
 
 
+def swapping(tokens: int, times: int, num_layers: int = 16) -> dict[str, float]:
+    """GB/s at which a row of so many tokens leaves a pool and comes back, and of a plain copy of as
+    many bytes."""
+    config = jaxkv.KvCacheConfig(64, max_tokens=tokens, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    pages = tokens // paged.pool.PAGE_SIZE + 1
+    state = paged.init(config, 2 * pages, 2, num_layers=num_layers)
+    x = jax.random.normal(jax.random.key(0), (2, tokens, KV_HEADS, HEAD_DIM))
+    append, lengths = jax.jit(jaxkv.append, donate_argnums=0), np.array([tokens, 0], np.int32)
+    state, granted = jax.jit(paged.reserve, donate_argnums=0)(state, lengths)
+    assert granted.all()
+    for layer in range(num_layers):
+        state = append(state, x, x, lengths, layer=np.int32(layer))
+    held = [state]
+
+    def out() -> paged.Parked:
+        held[0], parked = paged.offload(held[0], 0)
+        jax.block_until_ready((held[0], parked.stored))
+        return parked
+
+    seconds: dict[str, list[float]] = {"out": [], "back": [], "copy": []}
+    for _ in range(times):
+        marks = [time.perf_counter()]
+        parked = out()
+        marks.append(time.perf_counter())
+        held[0], there = paged.restore(held[0], 0, parked)
+        jax.block_until_ready(held[0])
+        assert there
+        marks.append(time.perf_counter())
+        copied = [np.array(leaf) for leaf in jax.tree.leaves((parked.row, parked.stored))]
+        marks.append(time.perf_counter())
+        for name, start, end in zip(seconds, marks, marks[1:], strict=False):
+            seconds[name].append(end - start)
+        size = sum(leaf.nbytes for leaf in copied)
+    return {name: size / statistics.median(times) / 1e9 for name, times in seconds.items()}
+
+
 def capacity(tokens: int = 2048) -> dict[str, float]:
     """How many sequences of so many tokens fit where one fits in pages of fp16."""
 
@@ -125,6 +162,7 @@ def main() -> None:
     for length in (tokens, 4 * tokens):
         print(f"the best pages of {length:,} tokens:", rounded(sparse(length, times)))
     print("pool of 100,000 pages, 32 rows:", rounded(allocation(100_000, 2 * times)))
+    print(f"a row of {tokens // 4:,}, GB/s:", rounded(swapping(tokens // 4, times)))
     print("sequences of 2,048 tokens for one in fp16 pages:", rounded(capacity()))
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import jaxkv
 
-SHAPES = {"gqa": (8, 2, 128), "mqa": (8, 1, 128), "odd": (4, 2, 80)}
+SHAPES = {"gqa": (8, 2, 128), "mqa": (8, 1, 128), "odd": (4, 2, 96)}
 ROWS, PROMPT, STEPS = 2, 300, 40
 
 
@@ -63,9 +63,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=tuple(jaxkv.PRESETS), metavar="PRESET")
     arguments = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    cases = [(preset, shape) for preset in jaxkv.PRESETS for shape in SHAPES]
+    cases = [(preset, shape) for preset in arguments.only or jaxkv.PRESETS for shape in SHAPES]
     cases = [("Q8", "odd")] if arguments.quick else cases
     found = {f"{p}/{s}": results(p, s) for p, s in tqdm(cases, "presets")}
     flat = {f"{name}/{part}": x for name, parts in found.items() for part, x in parts.items()}
