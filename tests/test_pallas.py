@@ -32,11 +32,12 @@ from jaxkv.chain import TierSpec
 from jaxkv.kernels import dispatch, pallas_gpu, xla
 from jaxkv.kernels.pallas_codes import side
 from jaxkv.kernels.pallas_kernel import Plan, steps
+from jaxkv.kernels.queries import Queries
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.tiers import tokens
 from jaxkv.tiers.segment import Segment, Tier
-from jaxkv.tiers.tokens import Tokens, only
+from jaxkv.tiers.tokens import Tokens
 
 pytestmark = pytest.mark.slow
 
@@ -150,22 +151,28 @@ def asked(rng: np.random.Generator, case: Case, part: Segment) -> tuple[jax.Arra
 def portable(
     part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any
 ) -> Partial:
-    newest = position.max(-1) if scoring.causal else jnp.full_like(position[:, 0], 2**31 - 2)
+    return xla.partial_attention(
+        dataclasses.replace(part, layer=layer), queries(query, position, scoring, sinks)
+    )
 
-    def visible(key: jax.Array, row: Any) -> jax.Array:
-        return scoring.visible(only(position, row), key, sinks)
 
+def queries(query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int) -> Queries:
     unit = jnp.full((*query.shape[:-1], 1), UNIT_OF_QUERIES)
-    return xla.partial_attention(part, query / UNIT_OF_QUERIES, unit, visible, None, newest, layer)
+    return Queries(query / UNIT_OF_QUERIES, unit, position, scoring, sinks)
 
 
 def interpreted(
     part: Segment, query: jax.Array, position: jax.Array, scoring: Scoring, sinks: int, layer: Any
 ) -> Partial:
-    limits = dispatch.limits(position, scoring, sinks, query)
-    unit = jnp.full((*query.shape[:-1], 1), UNIT_OF_QUERIES)
+    own = queries(query, position, scoring, sinks)
     return pallas_gpu.partial_attention(
-        part, query / UNIT_OF_QUERIES, unit, limits, layer, tuning=SMALL, interpret=True
+        part,
+        own.folded,
+        own.unit,
+        dispatch.limits(own, part),
+        layer,
+        tuning=SMALL,
+        interpret=True,
     )
 
 

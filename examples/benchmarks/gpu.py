@@ -37,7 +37,7 @@ import jaxkv
 from jaxkv import KvCacheConfig, Migration, Precision
 from jaxkv.codec.scales import stored_scale
 from jaxkv.kernels import dispatch, pallas_gpu, pallas_write, xla
-from jaxkv.kernels.queries import fold
+from jaxkv.kernels.queries import Queries, fold
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import normalize
 from jaxkv.state import segments
@@ -105,23 +105,13 @@ def worst_error(
     state = full_cache(cache_config(precision, length, kv_heads, head_dim), batch)
     part = segments(state)[0].codes_only()
     query = fold(query_of(batch, heads, head_dim).astype(jnp.float32) * head_dim**-0.5, kv_heads)
-    position, scoring = state.end[:, None] - 1, Scoring()
-    limits = dispatch.limits(position, scoring, 0, query)
     unit = jnp.ones((*query.shape[:-1], 1))
+    own = Queries(query, unit, state.end[:, None] - 1, Scoring(), 0)
+    limits = dispatch.limits(own, part)
     found = normalize(
         pallas_gpu.partial_attention(part, query, unit, limits, None, interpret=interpret)
     )
-    wanted = normalize(
-        xla.partial_attention(
-            part,
-            query,
-            unit,
-            lambda key, row: scoring.visible(position, key, 0),
-            None,
-            state.end,
-            None,
-        )
-    )
+    wanted = normalize(xla.partial_attention(part, own))
     assert bool(jnp.isfinite(found).all())
     return float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
 

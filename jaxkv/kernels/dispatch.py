@@ -19,7 +19,7 @@ from jaxkv import platform
 from jaxkv.chain import TierSpec
 from jaxkv.formats import Format, QuantSpec
 from jaxkv.kernels import xla
-from jaxkv.kernels.xla import Adjust, Visible
+from jaxkv.kernels.queries import Queries
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
 from jaxkv.tiers import tokens
@@ -39,26 +39,12 @@ READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 
 
 def partial_attention(
-    part: Segment,
-    basis: Basis,
-    query: jax.Array,
-    unit: jax.Array,
-    visible: Visible,
-    adjust: Adjust | None,
-    newest: jax.Array,
-    layer: Index,
-    *,
-    position: jax.Array,
-    scoring: Scoring,
-    sink_tokens: int,
-    implementation: Implementation = None,
+    part: Segment, basis: Basis, own: Queries, implementation: Implementation = None
 ) -> Partial:
     """`xla.partial_attention` by the implementation asked for, whose result `basis`, that of the
-    values, turns back; the other arguments up to `layer` are its own.
+    values, turns back.
 
     Args:
-      position: [B, T] int32 of the queries, -1 where a query sees nothing.
-      scoring, sink_tokens: what `visible` and `adjust` were made of.
       implementation: "xla", "pallas", or None: the kernel on NVIDIA GPUs for what it can do, XLA
         otherwise.
 
@@ -68,21 +54,20 @@ def partial_attention(
     check_implementation(implementation)
 
     def portable(query: jax.Array) -> Partial:
-        codes = xla.partial_attention(part, query, unit, visible, adjust, newest, layer)
+        codes = xla.partial_attention(part, dataclasses.replace(own, folded=query))
         return in_tokens_basis(basis, codes)
 
     def kernel(query: jax.Array) -> Partial:
         from jaxkv.kernels import pallas_gpu
 
-        return pallas_gpu.partial_attention(
-            part, query, unit, limits(position, scoring, sink_tokens, query, part), layer, basis
-        )
+        bounds = limits(own, part)
+        return pallas_gpu.partial_attention(part, query, own.unit, bounds, part.layer, basis)
 
+    query = own.folded
     if implementation == "xla":
         return portable(query)
-    turned = adjust is not None and not scoring.changes_scores
-    reason = TURNED if turned else None
-    reason = reason or refusal(part, query.shape[-1], scoring) or platform.no_gpu()
+    reason = refusal(part, query.shape[-1], own.scoring)
+    reason = reason or (TURNED if own.turned is not None else None) or platform.no_gpu()
     if implementation == "pallas":
         if reason:
             raise ValueError(
@@ -122,23 +107,16 @@ def check_implementation(implementation: Any) -> None:
         )
 
 
-def limits(
-    position: jax.Array,
-    scoring: Scoring,
-    sink_tokens: int,
-    query: jax.Array,
-    part: Segment | None = None,
-) -> Limits:
-    """`Scoring.visible` as bounds: for queries [B, K, G * T, H] at [B, T], and what each of them
-    finds in the segment."""
+def limits(own: Queries, part: Segment) -> Limits:
+    """`Queries.see` as bounds."""
     from jaxkv.kernels.pallas_gpu import Limits
 
-    upto, since = scoring.bounds(position)
-    if part is not None and part.span is not None:  # there are no sinks in such a segment
+    sink_tokens, (upto, since) = own.sink_tokens, own.scoring.bounds(own.position)
+    if part.span is not None:  # there are no sinks in such a segment
         low, high = (x if part.base is None else x + part.base[:, None] for x in part.span)
         upto = jnp.minimum(upto, high - 1)
         since, sink_tokens = low if since is None else jnp.maximum(since, low), 0
-    groups = query.shape[2] // position.shape[1]
+    groups = own.folded.shape[2] // own.position.shape[1]
     since = since if since is None else jnp.tile(since, (1, groups))
     return Limits(jnp.tile(upto, (1, groups)), since, sink_tokens)
 

@@ -18,8 +18,8 @@ from jax import lax
 from jaxkv import codec
 from jaxkv.formats import Format, Precision
 from jaxkv.kernels.blocks import Blocks
+from jaxkv.kernels.queries import Queries
 from jaxkv.kernels.walk import walk
-from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.softmax import Partial, bounded, empty
 from jaxkv.tiers import tokens
 from jaxkv.tiers.segment import Segment
@@ -45,21 +45,13 @@ def sides(part: Segment) -> Sides:
 def partial_attention(
     part: Segment,
     sides: Sides,
-    query: jax.Array,
-    unit: jax.Array,
-    visible: Visible,
-    adjust: Adjust | None,
-    reach: tuple[jax.Array, jax.Array],
+    own: Queries,
     row: jax.Array,
     head: jax.Array,
 ) -> Partial:
     """`xla.partial_attention` of the queries [1, 1, R, H] of one row and kv head, of which only the
-    tier still has the others.
-
-    Args:
-      reach: [1] int32 each, positions that no query looks before, or beyond.
-    """
-    oldest, newest = reach
+    tier still has the others."""
+    query, (oldest, newest) = own.folded, own.reach
     oldest = oldest if part.base is None else oldest - part.base
     blocks = walk(
         dataclasses.replace(part, low=jnp.maximum(part.low, oldest)), newest, block_size(part)
@@ -67,19 +59,16 @@ def partial_attention(
 
     def visit(index: jax.Array, carry: Partial) -> Partial:
         position, valid = blocks.look(index)
-        own = position if part.base is None else position + part.base[:, None]
-        seen = visible(own, row) & valid[:, None]  # [1, T, S]
-        if part.span is not None:
-            low, high = (bound[..., None] for bound in part.span)
-            seen &= (position[:, None] >= low) & (position[:, None] < high)
+        seen = own.see(part, position) & valid[:, None]  # [1, T, S]
         found = [
             decoded(blocks.cut(side, index, part.layer, row, head), side.fmt, blocks.size)
             for side in sides
         ]
         keys, values = found[0], found[-1]  # of the keys where values are a part of them
-        scores = bounded(_dot(query[0, 0], keys, 1) * unit[0, 0])
+        scores = bounded(_dot(query[0, 0], keys, 1) * own.unit[0, 0])
         scores = scores.reshape(1, 1, -1, *seen.shape[1:])  # [1, 1, G, T, S]
-        scores = scores if adjust is None else adjust(scores, own, row)
+        if own.changes_scores:
+            scores = own.adjust(scores, part.absolute(position))
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(-1, blocks.size)
         top = jnp.maximum(carry.max, scores.max(-1))
         weights, decay = jnp.exp(scores - top[:, None]), jnp.exp(carry.max - top)

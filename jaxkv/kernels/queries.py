@@ -1,46 +1,48 @@
-"""Queries as attention over a tier takes them, and what a tier's basis does to them and to what
-comes of them."""
+"""Queries, and what they may see: all that an implementation of attention asks about them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv import softmax
 from jaxkv.codec.arithmetic import power_of_two, to_unit
-from jaxkv.kernels import dispatch
-from jaxkv.kernels.xla import Adjust, Visible
 from jaxkv.scoring import Scoring
-from jaxkv.softmax import Partial
-from jaxkv.tiers.basis import Basis
-from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment
-from jaxkv.tiers.tokens import basis_of, only, turned_mean_of
+from jaxkv.tiers.tokens import only
 from jaxkv.tiers.turned import TurnedMean
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Scaled queries [B, K, G * T, H] in multiples of unit [B, K, G * T, 1], their positions [B, T]
-    and options."""
+    """Queries of T tokens to K kv heads, R = G * T rows for each.
+
+    Attributes:
+      folded: [B, K, R, H] float32, scaled, in multiples of `unit`. Finite, but for queries that may
+        make their own outputs NaN.
+      unit: [B, K, R, 1], powers of two.
+      position: [B, T] int32; a query at -1 sees nothing.
+      scoring, sink_tokens: what they see, and what is done to their scores.
+      mean_score: [B, K, R, 1] or None: what the mean of a tier's keys adds to every score.
+      turned: the mean before the rotary embedding, which adds to a score what its position says, or
+        None; `operand` is the queries as it takes them.
+    """
 
     folded: jax.Array
     unit: jax.Array
     position: jax.Array
     scoring: Scoring
     sink_tokens: int
+    mean_score: jax.Array | None = None
+    turned: TurnedMean | None = None
+    operand: jax.Array | None = None
 
     @classmethod
     def of(
-        cls,
-        query: jax.Array,
-        position: jax.Array,
-        scoring: Scoring,
-        sink_tokens: int,
-        heads: int,
+        cls, query: jax.Array, position: jax.Array, scoring: Scoring, sink_tokens: int, heads: int
     ) -> Queries:
         """Of queries [B, T, N, H] to `heads` kv heads.
 
@@ -54,73 +56,50 @@ class Queries:
         unit = power_of_two(fold(exponent, heads))
         return cls(fold(rows * scale, heads), unit, position, scoring, sink_tokens)
 
+    def row(self, row: jax.Array) -> Queries:
+        """Those of one row of the batch."""
+        arrays: dict[str, Any] = {
+            name: only(array, row)
+            for name in ("folded", "unit", "position", "mean_score", "operand")
+            if (array := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **arrays, scoring=self.scoring.row(row))
+
     @property
-    def newest(self) -> jax.Array:
-        """A position [B] that no query looks beyond."""
-        return self.scoring.reach(self.position, self.sink_tokens)[1]
+    def reach(self) -> tuple[jax.Array, jax.Array]:
+        """Positions [B] that no query looks before, or beyond."""
+        return self.scoring.reach(self.position, self.sink_tokens)
 
-    def visible(self, key: jax.Array, row: Index = None) -> jax.Array:
-        return self.scoring.row(row).visible(only(self.position, row), key, self.sink_tokens)
+    @property
+    def changes_scores(self) -> bool:
+        """Whether `adjust` does anything."""
+        return self.scoring.changes_scores or self.turned is not None
 
+    def see(self, part: Segment, key: jax.Array) -> jax.Array:
+        """Which queries may look at positions [B, S] of a segment, as counted there: bool
+        [B, T, S]."""
+        seen = self.scoring.visible(self.position, part.absolute(key), self.sink_tokens)
+        if part.span is None:
+            return seen
+        low, high = (bound[..., None] for bound in part.span)
+        return seen & (key[:, None] >= low) & (key[:, None] < high)
 
-Run = Callable[[Segment, Basis, jax.Array, Visible, Adjust | None], Partial]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bases:
-    """Those of a segment's keys and values."""
-
-    key: Basis
-    value: Basis
-    turned: TurnedMean | None
-
-    @classmethod
-    def of(cls, part: Segment) -> Bases:
-        sides = zip(part.tier.sides, part.spec.formats, strict=True)
-        found = [basis_of(held, fmt, part.layer) for held, fmt in sides]
-        turned = turned_mean_of(part.tier.keys, part.spec.rotary, part.layer)
-        return cls(found[0], found[-1], turned)
-
-    def at(self, row: jax.Array, head: jax.Array) -> Bases:
-        """Those of one row and kv head."""
-        turned = self.turned and self.turned.alone(row, head)
-        return Bases(self.key.at(row, head), self.value.at(row, head), turned)
-
-
-def in_basis(
-    part: Segment,
-    bases: Bases,
-    own: Queries,
-    run: Run,
-    implementation: dispatch.Implementation = "xla",
-) -> Partial:
-    """Attention over one segment by `run`, which knows codes and the basis of their sums: what else
-    the basis does to queries and scores."""
-    mean_score, capped = bases.key.mean_score(own.folded), own.scoring.soft_cap is not None
-    if mean_score is not None:
-        mean_score = softmax.bounded(mean_score * own.unit)
-    turned = bases.turned
-    operand = None if turned is None else turned.operand(own.folded) * own.unit
-
-    def adjust(scores: jax.Array, key: jax.Array, row: Index = None) -> jax.Array:
-        if turned is not None and operand is not None:
-            added = turned.score(only(operand, row), key)
+    def adjust(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+        """Scores [B, K, G, T, S] of keys at positions [B, S] with all that is added to them; -inf
+        where masked."""
+        if self.turned is not None:
+            assert self.operand is not None
+            added = self.turned.score(self.operand, key)
             scores = softmax.bounded(scores + added.reshape(scores.shape))
-        if mean_score is not None and capped:
-            scores = scores + only(mean_score, row).reshape(*scores.shape[:4], 1)
-        return own.scoring.row(row).adjust(scores, only(own.position, row), key)
+        if self.mean_score is not None and self.is_capped:
+            scores = scores + self.mean_score.reshape(*scores.shape[:4], 1)
+        return self.scoring.adjust(scores, self.position, key)
 
-    found = run(
-        part.codes_only(),
-        bases.value,
-        dispatch.turned_query(bases.key, own.folded, implementation),
-        own.visible,
-        adjust if own.scoring.changes_scores or turned is not None else None,
-    )
-    top = found.max
-    if mean_score is not None and not capped:
-        top = jnp.where(found.sum > 0, top + mean_score[..., 0], top)
-    return Partial(found.out[..., : part.spec.value_dim], top, found.sum)
+    @property
+    def is_capped(self) -> bool:
+        """Whether scores have to be whole before the softmax; what is added to all scores of a
+        query may else come after."""
+        return self.scoring.soft_cap is not None
 
 
 def fold(query: jax.Array, heads: int) -> jax.Array:

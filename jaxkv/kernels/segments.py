@@ -11,11 +11,10 @@ from jax import lax
 from jaxkv import platform, softmax
 from jaxkv.checks import undifferentiable
 from jaxkv.kernels import dispatch, flash
-from jaxkv.kernels.queries import Bases, Queries, in_basis
-from jaxkv.kernels.xla import Adjust, Visible
+from jaxkv.kernels.bases import Bases, in_basis
+from jaxkv.kernels.queries import Queries
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.tokens import Sliced, only
 
@@ -43,29 +42,15 @@ def over_segments(
         return _by_tiles(parts, query, position, scoring, sink_tokens)
 
     def some(query: jax.Array, position: jax.Array, scoring: Scoring) -> Partial:
-        def run(
-            part: Segment, basis: Basis, query: jax.Array, visible: Visible, adjust: Adjust | None
-        ) -> Partial:
-            return dispatch.partial_attention(
-                part,
-                basis,
-                query,
-                own.unit,
-                visible,
-                adjust,
-                newest,
-                part.layer,
-                position=position,
-                scoring=scoring,
-                sink_tokens=sink_tokens,
-                implementation=implementation,
-            )
+        def over(part: Segment) -> Partial:
+            def run(codes: Segment, own: Queries) -> Partial:
+                return dispatch.partial_attention(codes, bases.value, own, implementation)
 
-        newest = scoring.reach(position, sink_tokens)[1]
+            bases = Bases.of(part)
+            return in_basis(part, bases, own, run, implementation)
+
         own = Queries.of(query, position, scoring, sink_tokens, heads)
-        return softmax.merge(
-            [in_basis(part, Bases.of(part), own, run, implementation) for part in parts(position)]
-        )
+        return softmax.merge([over(part) for part in parts(position)])
 
     if size <= QUERY_BLOCK:
         return some(query, position, scoring)
@@ -114,29 +99,19 @@ def _by_tiles(
         each = lax.dynamic_slice_in_dim(position, start, tile, 1)
         places, found = only(each, row), parts(each)
         options = scoring.block(start, tile).head(head, heads).row(row)
-        reach = options.reach(places, sink_tokens)
         own = Queries.of(queries, places, options, sink_tokens, 1)
         none = flash.nothing(own.folded, found[0], found[0].spec.value_dim or h)
 
         def over(part: Segment, bases: Bases, sides: flash.Sides) -> Partial:
-            def run(
-                part: Segment,
-                basis: Basis,
-                query: jax.Array,
-                visible: Visible,
-                adjust: Adjust | None,
-            ) -> Partial:
-                codes = flash.partial_attention(
-                    part, sides, query, own.unit, visible, adjust, reach, row, head
-                )
-                return dispatch.in_tokens_basis(basis, codes)
+            def run(codes: Segment, own: Queries) -> Partial:
+                found = flash.partial_attention(codes, sides, own, row, head)
+                return dispatch.in_tokens_basis(bases.value, found)
 
-            part = part.row(row)
-            own_bases = bases.at(row, head)
-            oldest, newest = part.within(reach)
+            part, bases = part.row(row), bases.at(row, head)
+            oldest, newest = part.within(own.reach)
             return lax.switch(
                 (oldest < newest).any().astype(jnp.int32),
-                [lambda: none, lambda: in_basis(part, own_bases, own, run)],
+                [lambda: none, lambda: in_basis(part, bases, own, run)],
             )
 
         merged = softmax.merge([over(*part) for part in zip(found, bases, sides, strict=True)])

@@ -16,12 +16,12 @@ from jax import lax
 
 from jaxkv import platform, softmax
 from jaxkv.kernels import dispatch, flash, xla
-from jaxkv.kernels.queries import Bases, Queries, in_basis
+from jaxkv.kernels.bases import Bases, in_basis
+from jaxkv.kernels.queries import Queries
 from jaxkv.kernels.walk import PageWalk
-from jaxkv.kernels.xla import Adjust, Scored, Visible
+from jaxkv.kernels.xla import Scored
 from jaxkv.scoring import EVERY, Scoring
 from jaxkv.softmax import FLOOR, MOST_SCORE, Partial, bounded
-from jaxkv.tiers.basis import Basis
 from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.summaries import Summaries
 from jaxkv.tiers.tokens import only
@@ -125,7 +125,7 @@ def _chosen(
         return part, nothing
     pages, summaries = part.pages, reading.summaries
     assert pages is not None and summaries is not None
-    needed = pages.needed(part.low, _stop(part, own.newest))
+    needed = pages.needed(part.low, _stop(part, own.reach[1]))
     always = needed & _always(part, own.scoring)
     bounds = _bounds(part, own, summaries, head)  # [1, 1, R, P]
     ranked = jnp.where((needed & ~always)[:, None, None], bounds, -jnp.inf)
@@ -153,7 +153,7 @@ def _bounds(part: Segment, own: Queries, summaries: Summaries, head: jax.Array) 
     first, last = jnp.maximum(pages.first, part.low[:, None]), pages.first + (pages.size - 1)
     if own.scoring.changes_scores:
         by_query = _adjusted(by_query, own, first, last, pages.size)
-    seen = own.visible(first)  # [1, T, P]
+    seen = own.scoring.visible(own.position, first, own.sink_tokens)  # [1, T, P]
     if part.span is not None:
         low, high = (bound[..., None] for bound in part.span)
         seen &= (first[:, None] < high) & (last[:, None] >= low)
@@ -193,14 +193,11 @@ def _attended(
     if reading.top_pages is not None:  # a block of more pages than are read would be half empty
         most = (reading.top_pages + 1) * pages.size
 
-    def run(
-        part: Segment, basis: Basis, query: jax.Array, visible: Visible, adjust: Adjust | None
-    ) -> Partial:
-        at = (part.layer, *place)
-        scored = Scored.of(part, sides, query, own.unit, visible, adjust, own.newest, at, most)
-        partial = xla.visited(scored, query)
+    def run(codes: Segment, own: Queries) -> Partial:
+        scored = Scored.of(codes, sides, own, (codes.layer, *place), most)
+        partial = xla.visited(scored)
         found.append(_mass(scored, partial, pages.table.shape[1]) if reading.mass else None)
-        return dispatch.in_tokens_basis(basis, partial)
+        return dispatch.in_tokens_basis(bases.value, partial)
 
     partial = in_basis(part, bases, own, run)
     (mass,) = found

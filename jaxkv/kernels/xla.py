@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,12 +24,12 @@ from jaxkv.chain import LANES
 from jaxkv.formats import QuantSpec
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.materialized import computed_once
+from jaxkv.kernels.queries import Queries
 from jaxkv.kernels.readers import Reader, reader
 from jaxkv.kernels.walk import Walk, walk
 from jaxkv.softmax import FLOOR, Partial, bounded
 from jaxkv.tiers.place import Index
 from jaxkv.tiers.segment import Segment
-from jaxkv.tiers.tokens import only
 
 TILE_BYTES, SCORES, SLOTS = 2**17, 7 * 2**11, (64, 256)
 """A block has at most so many bytes of codes and so many scores; fewer slots are not worth a
@@ -48,35 +47,11 @@ LAUNCHED = 2**24, 2**22
 """The bytes and the scores of a block elsewhere: each of two dozen operations is a launch, each
 turn of the loop a wait."""
 
-Visible = Callable[[jax.Array, Index], jax.Array]
-"""positions [B, S] -> bool [B, T, S]: which tokens each query may look at; of one row [1, ...]
-where one is named."""
 
-Adjust = Callable[[jax.Array, jax.Array, Index], jax.Array]
-"""(scores [B, K, G, T, S], positions [B, S]) -> scores; of one row [1, ...] where one is named."""
-
-
-def partial_attention(
-    part: Segment,
-    query: jax.Array,
-    unit: jax.Array,
-    visible: Visible,
-    adjust: Adjust | None,
-    newest: jax.Array,
-    layer: Index,
-) -> Partial:
-    """Attention of scaled queries over the tokens of one tier.
-
-    Args:
-      query: [B, K, R, H] float32 in multiples of unit [B, K, R, 1], R the queries that share a kv
-        head. Both finite, but for queries that may make their own outputs NaN.
-      visible: which positions the T queries may look at; R = G * T, queries of one head together.
-      adjust: what else is done to scores, or None.
-      newest: [B] int32, a position that no query looks beyond.
-
-    Returns:
-      A Partial of shape [B, K, R], in the basis of the raw tokens.
-    """
+def partial_attention(part: Segment, own: Queries) -> Partial:
+    """Attention of queries in the basis of one tier over its tokens: a Partial [B, K, R] in that of
+    its values."""
+    query = own.folded
     # Outside the loop over rows: XLA:CPU copies an array [B, 1, S, W] that is carried around a
     # loop.
     sides = tuple(
@@ -88,32 +63,15 @@ def partial_attention(
     )
     apart = is_large or part.pages is not None  # rows of a pool never lie side by side
     if query.shape[0] == 1 or not (apart and platform.visits_rows()):
-        return _attend(part, sides, query, unit, visible, adjust, newest, layer, None)
+        return visited(Scored.of(part, sides, own, (part.layer, None, None)))
 
     def of_row(row: jax.Array) -> Partial:
-        query_, unit_, newest_ = (only(x, row) for x in (query, unit, newest))
-        found = _attend(part.row(row), sides, query_, unit_, visible, adjust, newest_, layer, row)
+        """In which only the tier still has the other rows."""
+        found = visited(Scored.of(part.row(row), sides, own.row(row), (part.layer, row, None)))
         return jax.tree.map(lambda x: x.squeeze(0), found)
 
     found: Partial = lax.map(of_row, jnp.arange(query.shape[0], dtype=jnp.int32))
     return found
-
-
-def _attend(
-    part: Segment,
-    sides: tuple[Blocks, ...],
-    query: jax.Array,
-    unit: jax.Array,
-    visible: Visible,
-    adjust: Adjust | None,
-    newest: jax.Array,
-    layer: Index,
-    row: Index,
-) -> Partial:
-    """`partial_attention` over all rows at once, or of one row, in which only the tier still has
-    the others."""
-    scored = Scored.of(part, sides, query, unit, visible, adjust, newest, (layer, row, None))
-    return visited(scored, query)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +83,7 @@ class Scored:
     blocks: Walk
     key: Reader
     operand: Any  # of `key`: the queries
-    unit: jax.Array
-    visible: Visible
-    adjust: Adjust | None
+    own: Queries
     never: jax.Array
     place: tuple[Index, Index, Index]  # layer, row and head, None where all are meant
 
@@ -136,44 +92,36 @@ class Scored:
         cls,
         part: Segment,
         sides: tuple[Blocks, ...],
-        query: jax.Array,
-        unit: jax.Array,
-        visible: Visible,
-        adjust: Adjust | None,
-        newest: jax.Array,
+        own: Queries,
         place: tuple[Index, Index, Index],
         most: int | None = None,
     ) -> Scored:
         """Of blocks of at most `most` slots, if that is given."""
-        size = _block_size(part, query)
-        blocks = walk(part, newest, size if most is None else min(size, most))
+        size = _block_size(part, own.folded)
+        blocks = walk(part, own.reach[1], size if most is None else min(size, most))
         # The compiler sees through `< 0` where positions are a maximum with 0.
         never = part.high[0] == -1
-        key = reader(part.spec.key, query.shape[-1], never)
-        operand = key.query(query)
-        return cls(part, sides, blocks, key, operand, unit, visible, adjust, never, place)
+        key = reader(part.spec.key, own.folded.shape[-1], never)
+        return cls(part, sides, blocks, key, key.query(own.folded), own, never, place)
 
     def at(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The scores [B, K, R, S] of block `index`, -inf where hidden, and which of its tokens
         anyone looks at, [B, S] bool."""
-        part, (layer, row, head) = self.part, self.place
-        position, valid = self.blocks.look(index)
-        own = position if part.base is None else position + part.base[:, None]
-        seen = self.visible(own, row) & valid[:, None]
-        if part.span is not None:
-            low, high = (bound[..., None] for bound in part.span)
-            seen &= (position[:, None] >= low) & (position[:, None] < high)
-        block = self.blocks.cut(self.sides[0], index, layer, row, head)
-        scores = bounded(self.key.scores(self.operand, block) * self.unit)
+        own, (position, valid) = self.own, self.blocks.look(index)
+        seen = own.see(self.part, position) & valid[:, None]
+        block = self.blocks.cut(self.sides[0], index, *self.place)
+        scores = bounded(self.key.scores(self.operand, block) * own.unit)
         by_query = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:])  # [B, K, G, T, S]
-        by_query = by_query if self.adjust is None else self.adjust(by_query, own, row)
+        if own.changes_scores:
+            by_query = own.adjust(by_query, self.part.absolute(position))
         by_query = jnp.where(seen[:, None, None], by_query, -jnp.inf)
         return computed_once(self.never, by_query.reshape(scores.shape)), valid & seen.any(1)
 
 
-def visited(scored: Scored, query: jax.Array) -> Partial:
-    """Attention over all blocks of queries [B, K, R, H], whose scores are those."""
+def visited(scored: Scored) -> Partial:
+    """Attention over all blocks."""
     part, spec, blocks = scored.part, scored.part.spec, scored.blocks
+    query = scored.own.folded
     # Where values are a part of the keys, the keys' codes serve both products.
     value, values = scored.key, scored.sides[-1]
     if spec.value is not None:
@@ -189,8 +137,7 @@ def visited(scored: Scored, query: jax.Array) -> Partial:
             jnp.exp(jnp.minimum(scores - new_top[..., None], 0)),
             jnp.exp(top - new_top)[..., None],
         )
-        layer, row, head = scored.place
-        more = value.weigh(weights, blocks.cut(values, index, layer, row, head), looked_at)
+        more = value.weigh(weights, blocks.cut(values, index, *scored.place), looked_at)
         return new_top, jax.tree.map(lambda old, new: old * decay + new, total, more)
 
     # Under shard_map a loop's carry must start out as varying over the mesh as it will become:

@@ -52,6 +52,10 @@ class Segment:
         least = jnp.where(low < high, low, self.high[:, None]).min(1)
         return dataclasses.replace(self, low=jnp.minimum(self.low, least), span=span)
 
+    def absolute(self, position: jax.Array) -> jax.Array:
+        """Positions [B, S], as counted here, as the row counts them."""
+        return position if self.base is None else position + self.base[:, None]
+
     def row(self, row: Index) -> Segment:
         """The positions [1] of one row; the tier still has all rows."""
         base = None if self.base is None else only(self.base, row)
