@@ -308,7 +308,7 @@ def make_requests(model: gguf_model.Model, count: int, shared: int, longest: int
 def first_tokens(model: gguf_model.Model, config: jaxkv.KvCacheConfig) -> None:
     """One request after the other; before them one that shares nothing, while steps compile."""
     server = Server(model, config, 96, shares=True)
-    unlike = Request(model.encode(read_text("code")[:400]), 2)
+    unlike = Request(model.encode(read_text("technical")[:400]), 2)
     first, second = make_requests(model, 2, 1024, 4)
     for request in (unlike, first, second):
         for _ in server.run([request]):
