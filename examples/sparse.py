@@ -212,7 +212,7 @@ def measure(
     for share in args.shares:
         size = bytes_read(reader, "q4", pages // share, pages)
         add([f"top 1/{share}"], [size], one(), reading(pages // share))
-    for store in args.stores:
+    for store in args.stores if scored else ():
         state, *_ = reader.read(jaxkv.init(reader.cache(store), 1, config.num_layers), prompt)
         add([store.upper()], [bytes_read(reader, store, pages, 0)], state, dense)
     return found

@@ -63,9 +63,10 @@ def attend(
       return_lse: also return the log of the softmax's denominator.
       return_mass: of a pool, also return what share of their weight the queries gave to each page.
       top_pages: of a pool with summaries, read for each kv head only so many pages of the last
-        tier, those in which its queries may find the best scores, besides the sinks, the other
-        tiers, pages that are not full and, where there is a window, all that it shows (Quest; Tang
-        et al. 2024). Exact, bit for bit, where that is all.
+        tier, those that are likely to have most of its queries' weight, besides the sinks, the
+        other tiers, pages that are not full, that of the row's first tokens and, where there is a
+        window, all that it shows (after Quest; Tang et al. 2024). Exact, bit for bit, where that
+        is all.
       implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
       whatever suits the platform. **options: the fields of `Scoring`: causal, window, window_sinks,
       soft_cap, decay, bias, mask, sink_logits.

@@ -17,6 +17,7 @@ from laws import append
 
 import jaxkv
 from jaxkv import CacheState, Status, paged, reference
+from jaxkv.kernels.sparse import FIRST, REACH
 from jaxkv.paged import Protect
 from jaxkv.reference import Options, PageSummary
 
@@ -176,11 +177,11 @@ def twin(state: CacheState, query: Array, number: int | None, options: Options) 
             if not options.sees(row, 0, int(state.end[row]) - 1, int(key), 0):
                 added[:, s] = -np.inf
         if number is not None:
-            pages = full(state, row)
+            pages = [page for page in full(state, row) if page[1] >= FIRST]
             for head in range(K):
                 heads = slice(head * N // K, (head + 1) * N // K)
                 held = [held_summary(state, row, column, head) for column, _ in pages]
-                best = reference.best_pages(query[row, 0, heads] * H**-0.5, held, number)
+                best = reference.best_pages(query[row, 0, heads] * H**-0.5, held, number, REACH)
                 for index, (_, first) in enumerate(pages):
                     if index not in best:
                         added[heads, (at >= first) & (at < first + size)] = -np.inf

@@ -1,9 +1,9 @@
 """Attention that reads a pool page by page: only the pages that matter, or all of them with the
 weight that each got.
 
-Which pages matter each kv head finds by itself, from the most that its queries may score with any
-key of a page (Quest; Tang et al. 2024). What is read is computed as everywhere else: a row of fewer
-pages is a row of pages.
+Which pages matter each kv head finds by itself, from what its queries may score with the keys of a
+page: their mean and, some way above it, the bound of Quest (Tang et al. 2024). What is read is
+computed as everywhere else: a row of fewer pages is a row of pages.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ from jaxkv.tiers.segment import Segment
 from jaxkv.tiers.summaries import Summaries
 from jaxkv.tiers.tokens import only
 from jaxkv.trees import node
+
+REACH = 0.3
+"""How far a page's best score is taken to be from the score of its mean to the bound of all. With
+an eighth of the pages of 64 tokens 0.19 and 0.16 of the weight is lost (SmolLM2, Qwen2.5; 4,096
+tokens); by bounds alone 0.21 and 0.18, by the weights themselves 0.16 and 0.14."""
+
+FIRST = 4
+"""The page with any of so many of a row's first tokens is always read: models look at those from
+everywhere. Without it 0.24 is lost in place of 0.21."""
 
 
 @node
@@ -109,10 +118,10 @@ def _stop(part: Segment, newest: jax.Array) -> jax.Array:
 
 def _always(part: Segment, scoring: Scoring) -> jax.Array:
     """The columns [B, P] that are read whatever they hold: pages that are not full, which have no
-    summary, and all that a window shows."""
+    summary, that of a row's first tokens, and all that a window shows."""
     assert part.pages is not None
     filling = part.pages.first + part.pages.size > part.high[:, None]
-    return filling | (scoring.window is not None)
+    return filling | (part.absolute(part.pages.first) < FIRST) | (scoring.window is not None)
 
 
 def _chosen(
@@ -127,38 +136,45 @@ def _chosen(
     assert pages is not None and summaries is not None
     needed = pages.needed(part.low, _stop(part, own.reach[1]))
     always = needed & _always(part, own.scoring)
-    bounds = _bounds(part, own, summaries, head)  # [1, 1, R, P]
-    ranked = jnp.where((needed & ~always)[:, None, None], bounds, -jnp.inf)
-    # A page counts by what it may be to the query that it means most to.
-    best = jnp.maximum(ranked.max(-1, keepdims=True), FLOOR)
-    value = (ranked - best).max((1, 2))  # [1, P]
+    ranked = (needed & ~always)[:, None, None]
+    likely, bounds = (jnp.where(ranked, x, -jnp.inf) for x in _expected(part, own, summaries, head))
+    # A page counts by its share of each query's weight, the queries of a kv head together.
+    shares = jnp.exp(likely - jnp.maximum(likely.max(-1, keepdims=True), FLOOR))
+    value = (shares / jnp.maximum(shares.sum(-1, keepdims=True), 1.0)).sum((1, 2))  # [1, P]
+    value = jnp.where(ranked[0, 0], value, -1.0)
     number = min(reading.top_pages, value.shape[1])
     top = lax.top_k(value[0], number)[1]
-    taken = jnp.zeros_like(needed).at[0, top].set(True) & (value > -jnp.inf)
-    rest = jnp.where(taken[:, None, None], -jnp.inf, ranked)
+    taken = jnp.zeros_like(needed).at[0, top].set(True) & (value >= 0)
+    rest = jnp.where(taken[:, None, None], -jnp.inf, bounds)
     rest = jnp.where(jnp.isneginf(rest), rest, rest + jnp.log(jnp.float32(pages.size)))
     left = jax.nn.logsumexp(rest, axis=-1)
     return dataclasses.replace(part, pages=pages.only(always | taken)), left
 
 
-def _bounds(part: Segment, own: Queries, summaries: Summaries, head: jax.Array) -> jax.Array:
-    """The most that each query [1, 1, R] of a head may score in each page of a row, [1, 1, R, P];
-    -inf in those that it does not see."""
+def _expected(
+    part: Segment, own: Queries, summaries: Summaries, head: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each query [1, 1, R] of a head is likely to score at best in each page of a row, and the
+    most that it may score there, [1, 1, R, P] each; -inf in those that it does not see."""
     pages, size = part.pages, own.position.shape[1]
     assert pages is not None
     held = summaries.of(jnp.maximum(pages.table[0], 0), part.layer, head)
-    scores = bounded(held.most(own.folded[0, 0]) * own.unit[0, 0])[None, None]
-    scores = jnp.where(jnp.isnan(scores), -MOST_SCORE, scores)  # their own outputs' affair
-    by_query = scores.reshape(1, 1, -1, size, scores.shape[-1])
     first, last = jnp.maximum(pages.first, part.low[:, None]), pages.first + (pages.size - 1)
-    if own.scoring.changes_scores:
-        by_query = _adjusted(by_query, own, first, last, pages.size)
     seen = own.scoring.visible(own.position, first, own.sink_tokens)  # [1, T, P]
     if part.span is not None:
         low, high = (bound[..., None] for bound in part.span)
         seen &= (first[:, None] < high) & (last[:, None] >= low)
-    by_query = jnp.where(seen[:, None, None], by_query, -jnp.inf)
-    return by_query.reshape(scores.shape)
+
+    def adjusted(scores: jax.Array) -> jax.Array:
+        scores = bounded(scores * own.unit[0, 0])[None, None]
+        scores = jnp.where(jnp.isnan(scores), -MOST_SCORE, scores)  # their own outputs' affair
+        by_query = scores.reshape(1, 1, -1, size, scores.shape[-1])
+        if own.scoring.changes_scores:
+            by_query = _adjusted(by_query, own, first, last, pages.size)
+        return jnp.where(seen[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
+
+    mean, most = held.scores(own.folded[0, 0])
+    return adjusted(mean + REACH * (most - mean)), adjusted(most)
 
 
 def _adjusted(

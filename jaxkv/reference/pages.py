@@ -33,11 +33,18 @@ class PageSummary:
         return float(np.maximum(query * self.low, query * self.high).sum())
 
 
-def best_pages(queries: Array, pages: Sequence[PageSummary], number: int) -> list[int]:
-    """The `number` pages that may mean most to any of the queries [R, H] of a kv head, each
-    measured by what its own best page may mean to it."""
-    bounds = np.array([[page.most(query) for page in pages] for query in queries])
-    worth = (bounds - bounds.max(1, keepdims=True)).max(0)
+def best_pages(
+    queries: Array, pages: Sequence[PageSummary], number: int, reach: float
+) -> list[int]:
+    """The `number` pages that are likely to have most of the weight of the queries [R, H] of a kv
+    head: a page's best score is taken to be `reach` of the way from that of its mean key to the
+    most that any key may have."""
+    worth = np.zeros(len(pages))
+    for query in queries:
+        means = np.array([page.mean @ query.astype(np.float64) for page in pages])
+        likely = means + reach * (np.array([page.most(query) for page in pages]) - means)
+        weights = np.exp(likely - likely.max())
+        worth += weights / weights.sum()
     return sorted(int(i) for i in np.argsort(-worth, kind="stable")[:number])
 
 

@@ -53,11 +53,12 @@ class Summaries:
         pairs = zip(self._arrays(), new._arrays(), strict=True)
         return Summaries(*(old.at[at].set(x) for old, x in pairs))
 
-    def most(self, query: jax.Array) -> jax.Array:
-        """The most that queries [R, H] may score with any key of pages [P], [R, P]; of one head."""
+    def scores(self, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What queries [R, H] score with the keys of pages [P] on average, and the most that they
+        may score with any, [R, P] each; of one head."""
         means = _products(query, self.mean)
         up, down = jnp.maximum(query, 0), jnp.maximum(-query, 0)
-        return means + (_products(up, self.above) + _products(down, self.below)) * self.unit
+        return means, means + (_products(up, self.above) + _products(down, self.below)) * self.unit
 
     def _arrays(self) -> tuple[jax.Array, ...]:
         return self.mean, self.below, self.above, self.unit, self.norm
