@@ -145,9 +145,8 @@ def as_counts(name: str, counts: ArrayLike | None, batch: int, most: int | None)
     if is_concrete(given):
         values = np.asarray(given)
         if (values < 0).any() or (most is not None and (values > most).any()):
-            raise ValueError(
-                f"{name}={values.tolist()}: must lie in 0 .. {'' if most is None else most}"
-            )
+            wanted = "be at least 0" if most is None else f"lie in 0 .. {most}"
+            raise ValueError(f"{name}={values.tolist()}: must {wanted}")
     return jnp.broadcast_to(jnp.asarray(given, jnp.int32), (batch,))
 
 
