@@ -56,6 +56,7 @@ def partial_attention(
     blocks = walk(
         dataclasses.replace(part, low=jnp.maximum(part.low, oldest)), newest, block_size(part)
     )
+    own = own.by_blocks(blocks.size)
 
     def visit(index: jax.Array, carry: Partial) -> Partial:
         position, valid = blocks.look(index)

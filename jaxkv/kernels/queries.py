@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkv import softmax
 from jaxkv.codec.arithmetic import power_of_two, to_unit
 from jaxkv.scoring import Scoring
 from jaxkv.tiers.segment import Segment
@@ -28,7 +27,7 @@ class Queries:
       scoring, sink_tokens: what they see, and what is done to their scores.
       mean_score: [B, K, R, 1] or None: what the mean of a tier's keys adds to every score.
       turned: the mean before the rotary embedding, which adds to a score what its position says, or
-        None; `operand` is the queries as it takes them.
+        None; `operand` is the queries as it takes them, `steps` its table for a block of slots.
     """
 
     folded: jax.Array
@@ -39,6 +38,7 @@ class Queries:
     mean_score: jax.Array | None = None
     turned: TurnedMean | None = None
     operand: jax.Array | None = None
+    steps: jax.Array | None = None
 
     @classmethod
     def of(
@@ -65,6 +65,11 @@ class Queries:
         }
         return dataclasses.replace(self, **arrays, scoring=self.scoring.row(row))
 
+    def by_blocks(self, size: int) -> Queries:
+        """To be asked about so many keys at a time; made outside of the loop over them."""
+        steps = None if self.turned is None else self.turned.steps(size)
+        return dataclasses.replace(self, steps=steps)
+
     @property
     def reach(self) -> tuple[jax.Array, jax.Array]:
         """Positions [B] that no query looks before, or beyond."""
@@ -88,9 +93,10 @@ class Queries:
         """Scores [B, K, G, T, S] of keys at positions [B, S] with all that is added to them; -inf
         where masked."""
         if self.turned is not None:
-            assert self.operand is not None
-            added = self.turned.score(self.operand, key)
-            scores = softmax.bounded(scores + added.reshape(scores.shape))
+            assert self.operand is not None and self.steps is not None
+            rows = scores.reshape(*scores.shape[:2], -1, scores.shape[-1])
+            rows = self.turned.add(rows, self.operand, key, self.steps)
+            scores = rows.reshape(scores.shape)
         if self.mean_score is not None and self.is_capped:
             scores = scores + self.mean_score.reshape(*scores.shape[:4], 1)
         return self.scoring.adjust(scores, self.position, key)

@@ -102,6 +102,7 @@ class Scored:
         # The compiler sees through `< 0` where positions are a maximum with 0.
         never = part.high[0] == -1
         key = reader(part.spec.key, own.folded.shape[-1], never)
+        own = own.by_blocks(blocks.size)
         return cls(part, sides, blocks, key, key.query(own.folded), own, never, place)
 
     def at(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:

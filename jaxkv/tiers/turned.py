@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv import softmax
 from jaxkv.codec import turning
 from jaxkv.codec.arithmetic import alone, tree_sum
 from jaxkv.rotary import Rotary
+
+EXACT = lax.Precision.HIGHEST
 
 PAYS = 3.0
 """How many times smaller the first tokens' deviation must be from the turned mean than from the
@@ -53,7 +56,7 @@ class TurnedMean:
         return dataclasses.replace(self, mean=jnp.where(pays, mean, 0.0))
 
     def operand(self, query: jax.Array) -> jax.Array:
-        """Queries [B, K, R, H] for `score`: what multiplies cosines, sines, and 1, [B, K, R, 2 F +
+        """Queries [B, K, R, H] for `add`: what multiplies cosines, sines, and 1, [B, K, R, 2 F +
         1]."""
         (a, b, rest), (m, n, still) = (
             turning.pairs(x, self.rotary) for x in (query, self.mean[:, :, None])
@@ -61,20 +64,43 @@ class TurnedMean:
         constant = jnp.sum(rest * still, axis=-1, keepdims=True)
         return jnp.concatenate([a * m + b * n, b * m - a * n, constant], axis=-1)
 
-    def score(self, operand: jax.Array, position: jax.Array) -> jax.Array:
-        """The scores [B, K, R, S] of the mean at positions [B, S]."""
+    def steps(self, size: int) -> jax.Array:
+        """What `add` asks for where it looks at so many positions, [2 F, S]."""
+        return self._table(jnp.arange(size, dtype=jnp.int32)).T
 
-        def product(operand: jax.Array) -> jax.Array:
-            cos, sin = turning.cos_sin(position, self.turns)
-            table = jnp.concatenate([cos, sin, jnp.ones_like(cos[..., :1])], axis=-1)
-            return jnp.einsum("bkrf,bsf->bkrs", operand, table, precision=lax.Precision.HIGHEST)
+    def add(
+        self, scores: jax.Array, operand: jax.Array, position: jax.Array, steps: jax.Array
+    ) -> jax.Array:
+        """Scores [B, K, R, S] of keys at positions [B, S] with those of the mean there.
 
-        def nothing(operand: jax.Array) -> jax.Array:
-            shape = (*operand.shape[:-1], position.shape[-1])
-            return jnp.broadcast_to(operand[..., :1] * 0, shape)
+        Cosines of every position cost as much as the codes there. Where positions follow one
+        another, as in all blocks but one of a ring, the operand turns to the first of them.
+        """
 
+        def anywhere(scores: jax.Array) -> jax.Array:
+            table = self._table(position)
+            return sums(scores, jnp.einsum("bkrf,bsf->bkrs", turns, table, precision=EXACT))
+
+        def in_a_row(scores: jax.Array) -> jax.Array:
+            cos, sin = (x[:, None] for x in turning.cos_sin(first, self.turns))  # [B, 1, 1, F]
+            a, b = jnp.split(turns, 2, axis=-1)
+            begun = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+            return sums(scores, jnp.matmul(begun, steps, precision=EXACT))
+
+        def sums(scores: jax.Array, added: jax.Array) -> jax.Array:
+            return softmax.bounded(scores + (added + constant))
+
+        turns, constant = operand[..., :-1], operand[..., -1:]
+        first = position[:, :1]
+        follow = position == first + jnp.arange(position.shape[1], dtype=jnp.int32)
         # Most layers have none; the conditional is on the data, not another program.
-        return lax.cond(jnp.any(operand != 0), product, nothing, operand)
+        way = jnp.any(operand != 0).astype(jnp.int32) * (1 + follow.all().astype(jnp.int32))
+        found: jax.Array = lax.switch(way, [lambda scores: scores, anywhere, in_a_row], scores)
+        return found
+
+    def _table(self, position: jax.Array) -> jax.Array:
+        """Cosines and sines at positions [...]: [..., 2 F]."""
+        return jnp.concatenate(turning.cos_sin(position, self.turns), axis=-1)
 
 
 def _square(x: jax.Array) -> jax.Array:
