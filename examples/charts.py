@@ -86,6 +86,7 @@ def plot_sparse(found: list[dict[str, Any]], path: pathlib.Path) -> None:
         panel.set(xlabel="bytes read at a step, of those of all 4-bit pages")
         panel.set(ylabel="KL divergence from fp32", xscale="log", yscale="log")
         panel.set_xticks([0.125, 0.25, 0.5, 1], labels=["1/8", "1/4", "1/2", "1"])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)
