@@ -8,6 +8,7 @@ no token are poisoned.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxkv import (
     attend,
     codec,
     init,
+    paged,
     softmax,
 )
 from jaxkv.chain import TierSpec
@@ -35,7 +37,7 @@ from jaxkv.kernels.pallas_kernel import Plan, steps
 from jaxkv.kernels.queries import Queries
 from jaxkv.scoring import Scoring
 from jaxkv.softmax import Partial
-from jaxkv.tiers import tokens
+from jaxkv.tiers import allocation, tokens
 from jaxkv.tiers.segment import Segment, Tier
 from jaxkv.tiers.tokens import Tokens
 
@@ -261,6 +263,38 @@ def test_window_keeps_the_sinks(sinks: int, rng: np.random.Generator) -> None:
     )  # the window matters here
 
 
+@pytest.mark.parametrize("page_size", [32, 48])
+@pytest.mark.parametrize("case", [CASES[i] for i in (2, 6, 11, 14)], ids=lambda case: case.name)
+def test_reads_pages_through_the_table(
+    case: Case, page_size: int, rng: np.random.Generator
+) -> None:
+    """Whole blocks of pages in any order; pages in the middle gone, and rows without any."""
+    group = max(getattr(fmt, "group_size", 1) or 1 for fmt in (case.key, case.value))
+    if "channel" in case.name and page_size % group:
+        page_size *= 2
+    low, high = jnp.array([70, 13, 9], jnp.int32), jnp.array([70 + LENGTH, 40, 9], jnp.int32)
+    pages = allocation.empty(20, 3, LENGTH, page_size, 0)
+    pages, granted, *_ = allocation.take(pages, low, high)
+    assert np.asarray(granted).all()
+    middle = (pages.first > 100) & (pages.first < 100 + 2 * page_size)
+    pages = allocation.keep(pages, ~middle)
+    stored = dataclasses.replace(case, capacity=page_size)
+    empty = np.ones((21, page_size), bool)
+    for row in range(3):
+        for page, first in zip(
+            np.asarray(pages.table[row]), np.asarray(pages.first[row]), strict=True
+        ):
+            at = first + np.arange(page_size)
+            empty[page if page >= 0 else 20] = (page < 0) | (at < low[row]) | (at >= high[row])
+    sides = (held(rng, fmt, stored, None, empty) for fmt in (case.key, case.value))
+    spec = TierSpec("cold", LENGTH, pages.capacity, 0, case.key, case.value)
+    part = Segment(Tier(*sides), spec, low, high, pages=pages)
+    query, position = asked(rng, case, part)
+    found, wanted = both(part, query, position, case.scoring)
+    assert_close(found, wanted, case, part, query)
+    assert np.isfinite(np.asarray(softmax.log_sum_exp(wanted))).any()
+
+
 def test_splits_share_the_blocks_that_hold_tokens() -> None:
     """Every block with tokens belongs to one split, those without to none, and no split has more
     than its share."""
@@ -322,6 +356,16 @@ def test_lowers_for_cuda(name: str, gpu: None) -> None:
     turned = sum(isinstance(spec.key, QuantSpec) and spec.key.rotate for spec in config.chain)
     kernels = parts if config.head_dim & (config.head_dim - 1) else 2 * parts + turned
     assert lowered(*attended(config, "pallas", window=100)).count(KERNEL) == kernels
+
+
+def test_a_pool_lowers_for_cuda(gpu: None) -> None:
+    """By name; left to choose, pages are XLA's until the kernel has been measured there."""
+    config = GPU_CONFIGS["q4"]
+    _, _, query = attended(config, None)
+    pool = jax.eval_shape(lambda: paged.init(config, 80, 2, 64))
+    for implementation, kernels in (("pallas", 5), (None, 3)):
+        step = functools.partial(attend, implementation=implementation)
+        assert lowered(step, pool, query).count(KERNEL) == kernels
 
 
 def test_none_chooses_by_platform(gpu: None) -> None:

@@ -54,7 +54,7 @@ def test_what_a_pool_cannot_do_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="grow: the rows of a pool share their pages"):
         jaxkv.grow(pool, SMALL)
     kernel = dispatch.refusal(segments(pool)[-1], SMALL.head_dim, Scoring(scale=1.0))
-    assert kernel == "the cold tier lies in the pages of a pool"
+    assert kernel == "pages of 4 tokens are no multiple of 16"
     for bad in ({"num_pages": 0}, {"rows": 0}, {"page_size": 0}, {"num_layers": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}=0"):
             paged.init(SMALL, **{"num_pages": 8, "rows": 3, **bad})

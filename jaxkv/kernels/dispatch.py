@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 Implementation = Literal["xla", "pallas"] | None
 
 MOST_HEAD_DIM = 256
+LEAST_PAGE = 16
 TURNED = "it does not add the score of a mean before the rotary embedding"
+UNMEASURED = "over the pages of a pool it has not yet run on a GPU"
 READABLE = ("data", "scale", "zero_point", "scale_unit", "zero_unit")
 
 
@@ -68,6 +70,8 @@ def partial_attention(
         return portable(query)
     reason = refusal(part, query.shape[-1], own.scoring)
     reason = reason or (TURNED if own.turned is not None else None) or platform.no_gpu()
+    if implementation is None and part.pages is not None:
+        reason = reason or UNMEASURED
     if implementation == "pallas":
         if reason:
             raise ValueError(
@@ -123,10 +127,10 @@ def limits(own: Queries, part: Segment) -> Limits:
 
 def refusal(part: Segment, head_dim: int, scoring: Scoring) -> str | None:
     """Why the kernel cannot do this tier, or None."""
-    if part.pages is not None:
-        return f"the {part.spec.name} tier lies in the pages of a pool"
     if scoring.changes_scores:
         return "it knows causality, windows and sink logits, not soft_cap, decay, bias or mask"
+    if part.pages is not None and part.pages.size % LEAST_PAGE:
+        return f"pages of {part.pages.size} tokens are no multiple of {LEAST_PAGE}"
     if head_dim > MOST_HEAD_DIM:
         return f"head_dim={head_dim} is more than {MOST_HEAD_DIM}"
     if head_dim % 8:

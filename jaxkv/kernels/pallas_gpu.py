@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -90,18 +91,22 @@ def partial_attention(
     splits = max(1, min(tuning.programs // (b * k * chunks), pl.cdiv(spec.capacity, tuning.slots)))
     assert spec.value is not None  # `dispatch.refusal`
     windowed, layered = limits.since is not None, layer is not None
+    places, pages = spec if part.pages is None else part.pages, jnp.zeros((b, 2, 1), jnp.int32)
+    if part.pages is not None:
+        pages = jnp.stack([part.pages.table, part.pages.first], axis=1)
     plan = Plan(
         side(spec.key, h),
         side(spec.value, h),
-        spec.capacity,
-        spec.offset,
+        places.capacity,
+        places.offset,
         rows,
-        tuning.slots,
+        block_slots(part, tuning),
         splits,
         windowed,
         layered,
+        0 if part.pages is None else part.pages.size,
     )
-    small = *_bounds(part, limits, layer), query, unit[..., 0]
+    small = *_bounds(part, limits, layer), query, unit[..., 0], pages
     partials = _call(plan, small, part.tier, tuning, interpret)
     if not pallas_turns.refusal(h):
         return pallas_turns.merged(plan.value, basis, partials, r, interpret=interpret)
@@ -116,6 +121,11 @@ def partial_attention(
         if basis is None
         else dataclasses.replace(found, out=basis.output(found.out, found.sum))
     )
+
+
+def block_slots(part: Segment, tuning: Tuning = TUNING) -> int:
+    """Slots of a block, a power of two: of a page, whole blocks."""
+    return tuning.slots if part.pages is None else math.gcd(tuning.slots, part.pages.size)
 
 
 def _bounds(part: Segment, limits: Limits, layer: Index) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -146,7 +156,7 @@ def _over_splits(
 def _call(
     plan: Plan, small: tuple[jax.Array, ...], tier: Tier, tuning: Tuning, interpret: bool
 ) -> Any:
-    bounds, upto, _, query, _ = small
+    bounds, upto, _, query, *_, pages = small
     chunks, stored = pl.cdiv(upto.shape[1], plan.rows), (tier.keys, tier.values)
     grid = plan.splits, query.shape[1] * chunks, query.shape[0]
 
@@ -176,8 +186,9 @@ def _call(
                     (None, None, *array.shape[2:]),
                     lambda s, c, b, rest=(0,) * (array.ndim - 2): (b, c // chunks, *rest),
                 )
-                for array in small[3:]
+                for array in small[3:5]
             ],
+            pl.BlockSpec((None, *pages.shape[1:]), lambda s, c, b: (b, 0, 0)),
             *jax.tree.map(lambda _: pl.BlockSpec(), stored),
         ],
         out_specs=[spec for spec, _ in outs],

@@ -31,6 +31,7 @@ class Plan:
     splits: int
     windowed: bool
     layered: bool
+    page: int = 0  # slots of a page, whole blocks; 0: the slots are a ring of the row's own
 
     @property
     def bits(self) -> int:
@@ -49,6 +50,7 @@ def kernel(
     since: Any,
     query: Any,
     unit: Any,
+    pages: Any,
     keys: Refs,
     values: Refs,
     *outs: Any,
@@ -62,7 +64,7 @@ def kernel(
     span = bounds[0], jnp.minimum(bounds[1], limits[0].max() + 1), bounds[1]
 
     def visit(step: jax.Array, carry: Any) -> Any:
-        block, position = _block(plan, span, place, step)
+        block, position = _block(plan, span, place, pages, step)
         assert block.valid is not None
         seen = block.valid[None] & _seen(limits, position)
         scores = _scores(plan.key, *queries, keys, dataclasses.replace(block, valid=None))
@@ -115,17 +117,25 @@ def steps(
     return start, jnp.minimum(start + share, blocks)
 
 
-def _block(plan: Plan, span: Any, place: Any, step: jax.Array) -> tuple[Block, jax.Array]:
+def _block(
+    plan: Plan, span: Any, place: Any, pages: Any, step: jax.Array
+) -> tuple[Block, jax.Array]:
     """The block of a step, and the positions in its slots: `ring.position_of` with one division for
-    all slots."""
+    all slots. In a pool, `pages` [2, P] are the row's, and the positions at which they start."""
     low, stop, end = span
     index = (low - plan.offset) % plan.capacity // plan.slots + step
-    slot = jnp.where(index < plan.blocks, index, index - plan.blocks) * plan.slots + jnp.arange(
-        plan.slots, dtype=jnp.int32
-    )
+    first = jnp.where(index < plan.blocks, index, index - plan.blocks) * plan.slots
+    slot = first + jnp.arange(plan.slots, dtype=jnp.int32)
     newest = (end - 1 - plan.offset) % plan.capacity
     position = slot + (end - 1 - newest) - jnp.where(slot > newest, plan.capacity, 0)
     valid = (position >= low) & (position < stop)
+    if plan.page:
+        column = first // plan.page
+        page, start = pages[0, column], pages[1, column]
+        slot = slot - column * plan.page
+        valid &= position - slot == start  # or the page was never taken, or let go
+        place = (*place[:-2], jnp.maximum(page, 0), place[-1])
+        return Block(place, slot, None, valid), position
     inside = None if plan.capacity % plan.slots == 0 else slot < plan.capacity
     return Block(place, slot, inside, valid if inside is None else valid & inside), position
 
