@@ -82,7 +82,7 @@ def plot_sparse(found: list[dict[str, Any]], path: pathlib.Path) -> None:
             line = "-o" if way == "top" else "--." if len(points) > 1 else "s"
             label = "best pages (top_pages)" if way == "top" else way
             panel.plot(*zip(*points, strict=True), line, label=label, color=colors(2 * index % 20))
-        panel.set(title=f"{model['model'].split('.')[0]}, {model['tokens']:,} tokens")
+        panel.set(title=f"{model['model'].split('.Q')[0]}, {model['tokens']:,} tokens")
         panel.set(xlabel="bytes read at a step, of those of all 4-bit pages")
         panel.set(ylabel="KL divergence from fp32", xscale="log", yscale="log")
         panel.set_xticks([0.125, 0.25, 0.5, 1], labels=["1/8", "1/4", "1/2", "1"])

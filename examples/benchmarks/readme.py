@@ -297,7 +297,7 @@ def sparse(found: list[dict[str, Any]]) -> str:
     most = found[0]["rows"]["all pages"]["bytes"]
     head = ["read, or kept", "bytes read"]
     for model in found:
-        short = model["model"].split(".")[0]
+        short = model["model"].split(".Q")[0]
         head += [f"{short}: KL, {model['scored']} tokens", "passkeys"]
     rows = [
         [name, f"{found[0]['rows'][name]['bytes'] / most:.2f}"]
