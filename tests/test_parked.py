@@ -55,6 +55,15 @@ def test_what_a_pool_cannot_do_is_refused_in_words() -> None:
         jaxkv.grow(pool, SMALL)
     kernel = dispatch.refusal(segments(pool)[-1], SMALL.head_dim, Scoring(scale=1.0))
     assert kernel == "pages of 4 tokens are no multiple of 16"
+    rings = jaxkv.init(SMALL, 3)
+    _, parked = paged.offload(jaxkv.copy(pool), 0)
+    _, ring = paged.offload(jaxkv.copy(rings), 0)
+    for row, error in ((3, "rows 0 .. 2"), (-1, "row=-1"), (1.5, "row=1.5")):
+        for state, held in ((pool, parked), (rings, ring)):
+            with pytest.raises(ValueError, match=error):
+                paged.offload(state, row)
+            with pytest.raises(ValueError, match=error):
+                paged.restore(state, row, held)
     for bad in ({"num_pages": 0}, {"rows": 0}, {"page_size": 0}, {"num_layers": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}=0"):
             paged.init(SMALL, **{"num_pages": 8, "rows": 3, **bad})

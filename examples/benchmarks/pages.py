@@ -95,39 +95,39 @@ def allocation(num_pages: int, times: int) -> dict[str, float]:
     return found
 
 
-def swapping(tokens: int, times: int, num_layers: int = 16) -> dict[str, float]:
-    """GB/s at which a row of so many tokens leaves a pool and comes back, and of a plain copy of as
-    many bytes."""
+def swapping(tokens: int, times: int, pooled: bool, num_layers: int = 16) -> dict[str, float]:
+    """GB/s at which a row that holds so many tokens leaves a pool, or a cache of rings, and comes
+    back, and of a plain copy of as many bytes: those of its pages, or of its rings."""
     config = jaxkv.KvCacheConfig(64, max_tokens=tokens, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    pages = tokens // paged.pool.PAGE_SIZE + 1
-    state = paged.init(config, 2 * pages, 2, num_layers=num_layers)
+    lengths = np.array([tokens, 0], np.int32)
+    if pooled:
+        pages = tokens // paged.pool.PAGE_SIZE + 1
+        state = paged.init(config, 2 * pages, 2, num_layers=num_layers)
+        state, granted = jax.jit(paged.reserve, donate_argnums=0)(state, lengths)
+        assert granted.all()
+    else:
+        state = jaxkv.init(config, 2, num_layers)
     x = jax.random.normal(jax.random.key(0), (2, tokens, KV_HEADS, HEAD_DIM))
-    append, lengths = jax.jit(jaxkv.append, donate_argnums=0), np.array([tokens, 0], np.int32)
-    state, granted = jax.jit(paged.reserve, donate_argnums=0)(state, lengths)
-    assert granted.all()
+    append = jax.jit(jaxkv.append, donate_argnums=0)
     for layer in range(num_layers):
         state = append(state, x, x, lengths, layer=np.int32(layer))
-    held = [state]
-
-    def out() -> paged.Parked:
-        held[0], parked = paged.offload(held[0], 0)
-        jax.block_until_ready((held[0], parked.stored))
-        return parked
-
     seconds: dict[str, list[float]] = {"out": [], "back": [], "copy": []}
     for _ in range(times):
         marks = [time.perf_counter()]
-        parked = out()
+        state, parked = paged.offload(state, 0)
+        jax.block_until_ready((state, parked.row, parked.stored))
         marks.append(time.perf_counter())
-        held[0], there = paged.restore(held[0], 0, parked)
-        jax.block_until_ready(held[0])
+        state, there = paged.restore(state, 0, parked)
+        jax.block_until_ready(state)
         assert there
         marks.append(time.perf_counter())
-        copied = [np.array(leaf) for leaf in jax.tree.leaves((parked.row, parked.stored))]
+        held = [x[: parked.num_pages or 1] for x in jax.tree.leaves(parked.stored)]
         marks.append(time.perf_counter())
-        for name, start, end in zip(seconds, marks, marks[1:], strict=False):
-            seconds[name].append(end - start)
-        size = sum(leaf.nbytes for leaf in copied)
+        copied = [np.array(x) for x in (*held, *jax.tree.leaves(parked.row))]
+        marks.append(time.perf_counter())
+        for name, start, end in zip(seconds, (0, 1, 3), (1, 2, 4), strict=True):
+            seconds[name].append(marks[end] - marks[start])
+        size = sum(x.nbytes for x in copied)
     return {name: size / statistics.median(times) / 1e9 for name, times in seconds.items()}
 
 
@@ -162,7 +162,11 @@ def main() -> None:
     for length in (tokens, 4 * tokens):
         print(f"the best pages of {length:,} tokens:", rounded(sparse(length, times)))
     print("pool of 100,000 pages, 32 rows:", rounded(allocation(100_000, 2 * times)))
-    print(f"a row of {tokens // 4:,}, GB/s:", rounded(swapping(tokens // 4, times)))
+    for length in (tokens // 4, tokens // 4 + 200):  # pages a power of two, and one more
+        for pooled in (True, False):
+            place = "a pool" if pooled else "rings"
+            found = rounded(swapping(length, times, pooled))
+            print(f"a row of {length:,} tokens out of {place} and back, GB/s:", found)
     print("sequences of 2,048 tokens for one in fp16 pages:", rounded(capacity()))
 
 

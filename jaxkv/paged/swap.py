@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv.batch import replace_rows, take_rows
+from jaxkv.batch import replace_rows
+from jaxkv.checks import as_int, check_rows
 from jaxkv.drop import clear
 from jaxkv.paged.pool import release
 from jaxkv.paged.rows import Row, adopt, by_page, pool_of, snapshot, with_pages
@@ -26,10 +28,11 @@ from jaxkv.state import CacheState
 
 @dataclasses.dataclass(frozen=True)
 class Parked:
-    """A row on the host: what is its own, and what its pages hold, in the order of its table."""
+    """A row on the host: what its pages hold, in the order of its table, and what is its own. A row
+    without pages is all stored as one page."""
 
-    row: Any  # a `Row`; of a state without pages, a state of one row
-    stored: Any = None  # arrays [n, ...], n the next power of two
+    stored: Any  # arrays [n, ...], n the next power of two
+    row: Row | None = None
     num_pages: int = 0
 
     @property
@@ -43,21 +46,20 @@ def offload(state: CacheState, row: int) -> tuple[CacheState, Parked]:
 
     Where a device has `pinned_host` memory, that is where the row goes. A page that the row shares
     is copied, and is its own once the row is back.
+
+    Raises:
+      ValueError: no row of the state.
     """
+    row, axis = _existing(state, row), state.end.ndim - 1
     if state.pages is None:
-        taken = _to_host(_take(state, np.array([row], np.int32)))
-        return _clear(state, np.int32(row)), Parked(taken)
+        stored = _moved_out(state, np.array([row], np.int32), 1, axis)
+        return _clear(state, np.int32(row)), Parked(stored)
     table = np.asarray(state.pages.table[row])
     ids = table[table >= 0]
-    size = 1 << max(len(ids) - 1, 0).bit_length()
-    padded = np.full(size, pool_of(state).num_pages, np.int32)
-    padded[: len(ids)] = ids
+    size = 1 << max(len(ids) - 1, 0).bit_length()  # few programs for all numbers of pages
     held = _to_host(_snapshot(state, np.int32(row)))
-    if next(iter(state.end.devices())).platform == "cpu":
-        stored = _copied(state, padded)
-    else:
-        stored = _to_host(_read(state, padded))
-    return _release(state, np.int32(row)), Parked(held, stored, len(ids))
+    stored = _moved_out(by_page(state), ids, size, axis)
+    return _release(state, np.int32(row)), Parked(stored, held, len(ids))
 
 
 def prefetch(parked: Parked) -> Parked:
@@ -80,21 +82,56 @@ def restore(state: CacheState, row: int, parked: Parked) -> tuple[CacheState, bo
 
     Returns:
       The state, and whether there were pages enough; if not, the row holds nothing.
+
+    Raises:
+      ValueError: no row of the state.
     """
-    parked = prefetch(parked)
+    row, parked = _existing(state, row), prefetch(parked)
     if state.pages is None:
-        return _replace(state, np.int32(row), parked.row), True
+        return _put_back(state, np.int32(row), parked.stored), True
     state = _release(state, np.int32(row))
     if int(pool_of(state).available) < parked.num_pages:
         return state, False
+    assert parked.row is not None
     return _write(state, np.int32(row), parked.row, parked.stored), True
 
 
-_take = jax.jit(take_rows)
 _snapshot = jax.jit(snapshot)
 _clear = jax.jit(clear, donate_argnums=0)
-_replace = jax.jit(replace_rows, donate_argnums=0)
 _release = jax.jit(release, donate_argnums=0)
+
+
+def _existing(state: CacheState, row: int) -> int:
+    row = as_int("row", row, 0)
+    check_rows(np.array([row]), state.batch_size)
+    return row
+
+
+def _moved_out(tree: Any, ids: np.ndarray, size: int, axis: int) -> Any:
+    """Elements `ids` [n] along an axis of all arrays, as the first axis of arrays on the host that
+    have room for `size` of them."""
+    if next(iter(jax.tree.leaves(tree)[0].devices())).platform == "cpu":
+        return jax.tree.map(lambda x: _copied(x, ids, size, axis), tree)
+    return _to_host(_taken(tree, np.resize(ids, size) if len(ids) else np.zeros(size, int), axis))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _taken(tree: Any, ids: jax.Array, axis: int) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(jnp.take(x, ids, axis, mode="clip"), axis, 0), tree)
+
+
+def _copied(x: jax.Array, ids: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """`_moved_out` where the device's memory is the host's. XLA:CPU gathers element by element, at
+    1 GB/s where a copy moves 4."""
+    held = np.moveaxis(np.asarray(x), axis, 0)
+    shape = size, *held.shape[1:]
+    nbytes = math.prod(shape) * held.itemsize
+    raw = np.zeros(nbytes + 64, np.uint8)  # what is not written takes no memory
+    start = -raw.ctypes.data % 64  # aligned, so that XLA takes it over without a copy of its own
+    found = raw[start : start + nbytes].view(held.dtype).reshape(shape)
+    for to, index in enumerate(ids):
+        found[to] = held[index]
+    return found
 
 
 def _to_host(tree: Any) -> Any:
@@ -110,29 +147,10 @@ def _to_host(tree: Any) -> Any:
     return jax.tree.map(move, tree)
 
 
-@jax.jit
-def _read(state: CacheState, ids: jax.Array) -> Any:
-    """What the pages `ids` [n] hold, [n, ...] each."""
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_back(state: CacheState, row: jax.Array, stored: Any) -> CacheState:
     axis = state.end.ndim - 1
-    return jax.tree.map(lambda x: jnp.moveaxis(jnp.take(x, ids, axis), axis, 0), by_page(state))
-
-
-def _copied(state: CacheState, ids: np.ndarray) -> Any:
-    """`_read` where the device's memory is the host's: XLA:CPU gathers element by element, at
-    1 GB/s where a copy of pages moves 4."""
-    axis = state.end.ndim - 1
-
-    def pages(x: jax.Array) -> np.ndarray:
-        held = np.moveaxis(np.asarray(x), axis, 0)
-        size = len(ids) * held[0].nbytes
-        raw = np.empty(size + 64, np.uint8)
-        start = -raw.ctypes.data % 64  # what XLA takes over without a copy of its own
-        found = raw[start : start + size].view(held.dtype).reshape(len(ids), *held.shape[1:])
-        for to, page in zip(found, ids, strict=True):
-            to[:] = held[page]
-        return found
-
-    return jax.tree.map(pages, by_page(state))
+    return replace_rows(state, row, jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), stored))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
