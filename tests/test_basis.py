@@ -12,8 +12,7 @@ from laws import attend, norms
 import jaxkv
 from jaxkv import QuantSpec, Rotary, reference
 from jaxkv.codec import balance, turning
-
-pytestmark = pytest.mark.slow
+from jaxkv.tiers.turned import TurnedMean
 
 HEADS, DIM, LENGTH = 2, 32, 160
 ROTARY = Rotary(1e4)
@@ -45,6 +44,34 @@ def error(state: jaxkv.CacheState, keys: np.ndarray) -> np.ndarray:
     return norms(held - keys)[0, : LENGTH - 40].mean(0)
 
 
+@pytest.mark.parametrize("first", [[0, 7], [4097, 100_003]])
+@pytest.mark.parametrize("rotary", [Rotary(1e4), Rotary(1e6, "interleaved", dim=16)])
+def test_the_score_of_a_mean_depends_on_the_position(
+    rotary: Rotary, first: list[int], rng: np.random.Generator
+) -> None:
+    """Where positions follow one another, where a ring's seam lies between them, and where there is
+    no mean."""
+    mean, query = (rng.normal(size=(2, HEADS, n, DIM)).astype(np.float32) for n in (1, 3))
+    run = np.array(first)[:, None] + np.arange(8)
+    turns = jnp.asarray(rotary.turns(DIM))
+    for position in (run, np.where(np.arange(8) < 5, run, run - 5 + 900), run[:, ::-1]):
+        for size in (1.0, 0.0):
+            held = TurnedMean(rotary, turns, jnp.asarray(size * mean[:, :, 0]))
+            scores = rng.normal(size=(2, HEADS, 3, 8)).astype(np.float32)
+            at = jnp.asarray(position, jnp.int32)
+            found = held.add(scores, held.operand(query), at, held.steps(8))
+            turned = np.stack(
+                [
+                    [reference.turned(size * mean[b, :, 0], int(p), rotary) for p in position[b]]
+                    for b in range(2)
+                ]
+            )
+            expected = scores + np.einsum("bkrh,bskh->bkrs", query, turned)
+            angle = 2.0**-21 + position.max() * np.pi * 2.0**-31
+            np.testing.assert_allclose(found, expected, atol=4 * DIM * (angle + 2.0**-22))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rotary",
     [
@@ -65,6 +92,7 @@ def test_turns_like_complex_numbers(rotary: Rotary, rng: np.random.Generator) ->
     np.testing.assert_allclose(turning.turn(found, cos, -sin, rotary), x, atol=4e-6)
 
 
+@pytest.mark.slow
 def test_a_bias_before_the_embedding_is_taken_out(rng: np.random.Generator) -> None:
     """The biased head's keys are held as well as the other's, and the scores are theirs."""
     keys = keys_of(rng, bias=100.0)
@@ -77,6 +105,7 @@ def test_a_bias_before_the_embedding_is_taken_out(rng: np.random.Generator) -> N
     np.testing.assert_allclose(attend(with_it, query)[0, -1], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_nothing_is_taken_out_where_it_does_not_pay(rng: np.random.Generator) -> None:
     """Bit for bit what there is without a rotary embedding."""
     keys = keys_of(rng, bias=0.0)
@@ -87,6 +116,7 @@ def test_nothing_is_taken_out_where_it_does_not_pay(rng: np.random.Generator) ->
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_uneven_channels_are_balanced(rng: np.random.Generator) -> None:
     """The error of scores of even queries falls; values are left alone."""
     keys = keys_of(rng, bias=0.0, spread=1.5)
@@ -102,6 +132,7 @@ def test_uneven_channels_are_balanced(rng: np.random.Generator) -> None:
     assert after < 0.7 * before
 
 
+@pytest.mark.slow
 def test_factors_are_fourth_roots(rng: np.random.Generator) -> None:
     variance = np.exp(rng.uniform(-6, 6, (3, DIM))).astype(np.float32)
     found = np.asarray(balance.factor(balance.balance_of(jnp.asarray(variance))), np.float64)
@@ -112,6 +143,7 @@ def test_factors_are_fourth_roots(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(balance.factor(balance.balance_of(jnp.zeros((1, DIM)))), 1)
 
 
+@pytest.mark.slow
 def test_a_layer_turns_by_its_own_base(rng: np.random.Generator) -> None:
     """Layers of one state whose bases differ are those of states of their own."""
     keys = np.stack([keys_of(rng, bias=100.0), keys_of(rng, bias=100.0)])
@@ -126,17 +158,20 @@ def test_a_layer_turns_by_its_own_base(rng: np.random.Generator) -> None:
             np.testing.assert_array_equal(one[layer], other)
 
 
+@pytest.mark.slow
 def test_layer_bases_are_those_of_the_layers() -> None:
     with pytest.raises(ValueError, match="2 layer_bases, one for each layer"):
         jaxkv.init(config(Rotary(layer_bases=(1e4, 1e6))), num_layers=3)
 
 
+@pytest.mark.slow
 def test_a_short_tail_teaches_nothing() -> None:
     key = config(tail_length=8).chain[-1].key
     assert isinstance(key, QuantSpec)
     assert (key.balance, key.turned_mean, key.align) == (False, False, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -149,6 +184,7 @@ def test_bad_embeddings_are_refused(fields: dict[str, object], message: str) -> 
         Rotary(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rotary", "message"),
     [

@@ -164,6 +164,23 @@ def test_all_pages_are_attention_without(name, options):
     np.testing.assert_allclose(unjitted, plain[0], atol=2e-6)
 
 
+@over("q4")
+def test_every_row_of_a_pool_has_its_own_options(name):
+    """CPUs read its rows one after the other, those of small rings together: the same outputs."""
+    keys, values, query = tokens()
+    rings = append(jaxkv.init(FORMATS[name], B), keys[:, :50], values[:, :50], LENGTHS)
+    rng = np.random.default_rng(5)
+    for options in (
+        {"window": np.array([[30, 12, 9], [7, 20, 33]], np.int32)},
+        {"mask": rng.random((B, 1, 3, ROOM)) < 0.7, "decay": np.linspace(0, 0.2, N)},
+        {"bias": rng.standard_normal((B, N, 3, ROOM)), "soft_cap": 5.0},
+    ):
+        outs = [
+            attend(x, query, lengths=np.array([3, 2]), **options) for x in (filled(name), rings)
+        ]
+        np.testing.assert_allclose(*outs, atol=1e-5)
+
+
 def twin(state: CacheState, query: Array, number: int | None, options: Options) -> Any:
     """Attention [B, T, N, H] and lse of one query a row over the pages that it reads, by the slow
     twin; and over all."""
