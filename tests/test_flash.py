@@ -87,6 +87,28 @@ def test_hidden_values_stay_hidden(dtype: Any, rng: np.random.Generator) -> None
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("scale", [None, -0.7])
+def test_prompts_of_bfloat16_lose_only_their_weights_rounding(
+    scale: float | None, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Scores are exact; a weight, and an output, is off by 2**-9 of itself at most."""
+    config = KvCacheConfig(tail_length=8, max_tokens=64, num_kv_heads=2, head_dim=16)
+    query, keys, values = (
+        jnp.asarray(rng.normal(size=(1, 24, heads, 16)), jnp.bfloat16) for heads in (4, 2, 2)
+    )
+    found = []
+    for has_units in (False, True):
+        monkeypatch.setattr(platform, "multiplies_bfloat16", lambda has_units=has_units: has_units)
+        prefill = jax.jit(lambda *args: jaxkv.prefill(*args, scale=scale, return_lse=True)[1])
+        found.append(prefill(jaxkv.init(config), query, keys, values))
+    (exact, lse), (rounded, narrow_lse) = found
+    np.testing.assert_allclose(narrow_lse, lse, rtol=1e-6, atol=1e-6)
+    bound = 2.0**-9 * (np.abs(np.asarray(values, np.float32)).max() + 2 * np.abs(exact)) + 1e-5
+    assert_within(np.abs(np.asarray(rounded, np.float32) - np.asarray(exact, np.float32)), bound)
+    assert (rounded != exact).any()  # the other way was taken
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("axes", [Axes(heads="core"), Axes(context="core")], ids=str)

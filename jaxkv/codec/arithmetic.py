@@ -101,3 +101,18 @@ def tree_sum(x: jax.Array, axis: int) -> jax.Array:
         first, second = jnp.split(x, 2, axis=-1)
         x = first + second
     return jnp.moveaxis(x, -1, axis)
+
+
+def totals(*whole: jax.Array) -> list[jax.Array]:
+    """The sums of int32 arrays of one shape along their last axis, kept with size 1.
+
+    On CPUs in one pass over all of them: XLA computes what goes into a sum once for each, and four
+    sums of a fit took 2.4 times as long.
+    """
+    if platform.name() != "cpu":
+        return [x.sum(-1, keepdims=True, dtype=jnp.int32) for x in whole]
+    axis, zeros = whole[0].ndim - 1, [jnp.int32(0)] * len(whole)
+    sums = lax.reduce(
+        list(whole), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], [axis]
+    )
+    return [jnp.expand_dims(x, -1) for x in sums]

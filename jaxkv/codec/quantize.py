@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.codec.arithmetic import alone, nearest, quotient
+from jaxkv.codec.arithmetic import alone, nearest, quotient, totals
 from jaxkv.codec.pack import pack, unpack
 from jaxkv.codec.scales import (
     LEAST,
@@ -118,7 +118,7 @@ def _best_range(
     shorter = _scale_of(low, extent * ((1 - 2 * cut) / spec.levels)), low + alone(extent * cut)
     unit = extent * 2.0**-12
     whole = nearest(quotient(x - low, jnp.where(extent > LEAST, unit, 1.0)), 0, 2**12)
-    sum_whole = _total(whole)
+    (sum_whole,) = totals(whole)
 
     def attempt(index: jax.Array, found: tuple[_Fit, _Range]) -> tuple[_Fit, _Range]:
         """Weighs one candidate and makes the next. A loop, as its body is two dozen operations to
@@ -128,7 +128,7 @@ def _best_range(
         codes = _codes(spec, x, scale, scale * zero)
         missed = x - (codes.astype(jnp.float32) * scale + scale * zero)
         missed = nearest(missed * quotient(jnp.float32(64), widest), -1024, 1024)
-        error, *sums = map(_total, (missed * missed, codes, codes * whole, codes * codes))
+        error, *sums = totals(missed * missed, codes, codes * whole, codes * codes)
         new, is_better = (scale, zero, error, *sums), (index == 0) | (error < best[2])
         best = tuple(jnp.where(is_better, n, o) for n, o in zip(new, best, strict=True))
         fitted = _fit(low, unit, (sum_whole, *best[3:]), best[0], x.shape[-1])
@@ -147,10 +147,6 @@ _Range = tuple[jax.Array, jax.Array]
 _Fit = tuple[jax.Array, ...]
 """Scale, zero point in scales, squared error in 64ths of the widest scale, and sums over a group:
 of codes, of their products with the elements in whole units, of their squares."""
-
-
-def _total(x: jax.Array) -> jax.Array:
-    return x.sum(-1, keepdims=True, dtype=jnp.int32)
 
 
 def _fit(

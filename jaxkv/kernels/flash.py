@@ -5,6 +5,10 @@ For a token's few queries unpacked codes are dotted as they are (`xla`). A promp
 queries for every block, so the block is dequantized to float32 once for all of them, and the two
 products are plain matrices, which XLA:CPU computes at full speed on all cores. Blocks that no query
 of the tile may see are not visited.
+
+Queries of bfloat16 over tokens of bfloat16 are multiplied as such where the CPU has units for it
+(AMX): the scores are those of float32, as a product of two bfloat16 is exact; weights are rounded
+to bfloat16 before they meet the values, as outputs are.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv import codec
+from jaxkv import codec, platform
 from jaxkv.formats import Format, Precision
 from jaxkv.kernels.blocks import Blocks
 from jaxkv.kernels.queries import Queries
@@ -52,6 +56,9 @@ def partial_attention(
     """`xla.partial_attention` of the queries [1, 1, R, H] of one row and kv head, of which only the
     tier still has the others."""
     query, (oldest, newest) = own.folded, own.reach
+    formats = [side.fmt for side in sides]
+    narrow = own.is_bfloat16 and set(formats) == {Precision.BF16} and platform.multiplies_bfloat16()
+    operand = query[0, 0].astype(jnp.bfloat16) if narrow else query[0, 0]
     oldest = oldest if part.base is None else oldest - part.base
     blocks = walk(
         dataclasses.replace(part, low=jnp.maximum(part.low, oldest)), newest, block_size(part)
@@ -61,20 +68,22 @@ def partial_attention(
     def visit(index: jax.Array, carry: Partial) -> Partial:
         position, valid = blocks.look(index)
         seen = own.see(part, position) & valid[:, None]  # [1, T, S]
-        found = [
-            decoded(blocks.cut(side, index, part.layer, row, head), side.fmt, blocks.size)
-            for side in sides
-        ]
+        cuts = [blocks.cut(side, index, part.layer, row, head) for side in sides]
+        if narrow:
+            found = [as_bfloat16(cut, blocks.size, valid) for cut in cuts]
+        else:
+            found = [decoded(*of, blocks.size) for of in zip(cuts, formats, strict=True)]
         keys, values = found[0], found[-1]  # of the keys where values are a part of them
-        scores = bounded(_dot(query[0, 0], keys, 1) * own.unit[0, 0])
+        scores = bounded(_dot(operand, keys, 1) * own.unit[0, 0])
         scores = scores.reshape(1, 1, -1, *seen.shape[1:])  # [1, 1, G, T, S]
         if own.changes_scores:
             scores = own.adjust(scores, part.absolute(position))
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(-1, blocks.size)
         top = jnp.maximum(carry.max, scores.max(-1))
         weights, decay = jnp.exp(scores - top[:, None]), jnp.exp(carry.max - top)
-        values = jnp.where(valid[0, :, None], values, 0)  # empty slots may hold anything
-        out = carry.out * decay[:, None] + _dot(weights, values, 0)
+        if not narrow:
+            values = jnp.where(valid[0, :, None], values, 0)  # empty slots may hold anything
+        out = carry.out * decay[:, None] + _dot(weights.astype(values.dtype), values, 0)
         return Partial(out, top, carry.sum * decay + weights.sum(-1))
 
     head_dim = query.shape[-1]  # also of values that are a part of the keys
@@ -112,6 +121,12 @@ def decoded(block: Tokens, fmt: Format, size: int) -> jax.Array:
     return codec.dequantize(fmt, codec.Quantized(data, **{**dict.fromkeys(SCALES), **turned}))[
         0, :, 0
     ]
+
+
+def as_bfloat16(block: Tokens, size: int, valid: jax.Array) -> jax.Array:
+    """A block of one head's slots of a bfloat16 tier, [S, H], zeros where not `valid` [1, S]."""
+    data = jnp.where(valid[0, :, None], block.data.reshape(size, -1), 0)
+    return lax.bitcast_convert_type(data, jnp.bfloat16)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

@@ -20,11 +20,13 @@ class Queries:
     """Queries of T tokens to K kv heads, R = G * T rows for each.
 
     Attributes:
-      folded: [B, K, R, H] float32, scaled, in multiples of `unit`. Finite, but for queries that may
-        make their own outputs NaN.
-      unit: [B, K, R, 1], powers of two.
+      folded: [B, K, R, H] float32, in multiples of `unit`. Finite, but for queries that may make
+        their own outputs NaN.
+      unit: [B, K, R, 1] float32: the power of two by which a query was divided, times the scale.
       position: [B, T] int32; a query at -1 sees nothing.
       scoring, sink_tokens: what they see, and what is done to their scores.
+      is_bfloat16: whether `folded` came as bfloat16, and a bfloat16 holds them still where no basis
+        has turned them.
       mean_score: [B, K, R, 1] or None: what the mean of a tier's keys adds to every score.
       turned: the mean before the rotary embedding, which adds to a score what its position says, or
         None; `operand` is the queries as it takes them, `steps` its table for a block of slots.
@@ -35,6 +37,7 @@ class Queries:
     position: jax.Array
     scoring: Scoring
     sink_tokens: int
+    is_bfloat16: bool = False
     mean_score: jax.Array | None = None
     turned: TurnedMean | None = None
     operand: jax.Array | None = None
@@ -46,15 +49,15 @@ class Queries:
     ) -> Queries:
         """Of queries [B, T, N, H] to `heads` kv heads.
 
-        What sees nothing may hold anything. Rows of size 1 keep every product within float32; the
-        powers of two that they lack multiply the scores.
+        What sees nothing may hold anything. Rows of size 1 keep every product within float32; what
+        they lack multiplies the scores.
         """
         seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
         rows, exponent = to_unit(seeing)
         scale, scale_exponent = to_unit(scoring.scale_of_heads)
-        exponent = jnp.clip(exponent + scale_exponent, -126, 126)
-        unit = power_of_two(fold(exponent, heads))
-        return cls(fold(rows * scale, heads), unit, position, scoring, sink_tokens)
+        unit = power_of_two(jnp.clip(exponent + scale_exponent, -126, 124)) * jnp.abs(scale)
+        folded, unit = fold(rows * jnp.where(scale < 0, -1, 1), heads), fold(unit, heads)
+        return cls(folded, unit, position, scoring, sink_tokens, query.dtype == jnp.bfloat16)
 
     def row(self, row: jax.Array) -> Queries:
         """Those of one row of the batch."""

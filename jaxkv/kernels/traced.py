@@ -49,7 +49,8 @@ class _Call:
 
 def _setting() -> tuple[Any, ...]:
     """What a trace asks about the platform."""
-    return platform.name(), platform.no_gpu(), platform.visits_rows()
+    tells = platform.name, platform.no_gpu, platform.visits_rows, platform.multiplies_bfloat16
+    return tuple(tell() for tell in tells)
 
 
 @functools.partial(jax.jit, static_argnums=0)
