@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import numpy as np
@@ -130,13 +132,18 @@ def test_take_rows(case: Case, rng: np.random.Generator) -> None:
     state = append(run(case).states[-1], keys, values, np.arange(3) + 1)
     for order in ([2, 0, 1], [1, 1, 1], [2], [0, 2, 1, 0]):
         taken = take_rows(state, np.array(order))
-        chex.assert_trees_all_equal(
-            gather(taken), jax.tree.map(lambda x, rows=order: x[np.array(rows)], gather(state))
-        )
+        wanted = jax.tree.map(lambda x, rows=order: x[np.array(rows)], gather(state))
+        # Codes are the same; another batch is another program, which may turn them back with
+        # products and sums contracted, or not.
+        chex.assert_trees_all_close(gather(taken), wanted, rtol=0, atol=largest(wanted) * 2.0**-22)
     forked, one = take_rows(state, np.array([1, 1, 1])), append(state, keys, values)
     forked = append(forked, keys, values)
     assert_tier_and_bits(forked, one, row=1)
     assert not np.array_equal(forked_newest(forked, 0), forked_newest(forked, 2))
+
+
+def largest(tree: Any) -> float:
+    return float(max(np.abs(x).max() for x in jax.tree.leaves(tree) if x.dtype == np.float32))
 
 
 def assert_tier_and_bits(actual: CacheState, expected: CacheState, row: int) -> None:

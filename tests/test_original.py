@@ -78,12 +78,12 @@ def two_tier(config: dict[str, Any], heads: Heads) -> TwoTierKvCache:
 
 def assert_stored_alike(ours: np.ndarray, theirs: np.ndarray, raw: np.ndarray, levels: int) -> None:
     """Stored tokens [T, K, H] agree to 0.5 % of their range; also to one step more where an element
-    lies near a tie of theirs, or has another code with our scale, rounded up to 9 bits."""
+    lies near a tie, of theirs or of ours, or has another code with our scale, rounded up to 9 bits."""
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
     step = (high - low) / levels
     rounded = reference.as_scale(np.maximum(step, np.abs(low) * np.float32(2.0**-15)))
     quotient, our_quotient = ((raw - low) / np.maximum(size, 1e-8) for size in (step, rounded))
-    near_tie = np.abs(np.abs(quotient - np.floor(quotient)) - 0.5) < 0.02
+    near_tie = np.abs(np.stack([quotient, our_quotient]) % 1 - 0.5).min(0) < 0.02
     other_code = np.floor(quotient + 0.5) != np.floor(our_quotient + 0.5)
     allowed = 0.005 * (high - low) + np.where(near_tie | other_code, step, 0)
     assert np.all(np.abs(ours - theirs) <= allowed)
