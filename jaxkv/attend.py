@@ -68,8 +68,9 @@ def attend(
         window, all that it shows (after Quest; Tang et al. 2024). Exact, bit for bit, where that
         is all.
       implementation: "xla", "pallas" (NVIDIA GPUs; ValueError where it cannot run), or None:
-      whatever suits the platform. **options: the fields of `Scoring`: causal, window, window_sinks,
-      soft_cap, decay, bias, mask, sink_logits.
+        whatever suits the platform.
+      **options: the fields of `Scoring`: causal, window, window_sinks, soft_cap, decay, bias, mask,
+        sink_logits.
 
     Returns:
       [B, T, N, V] in the query's dtype. A query that sees no token gives zeros; T = 0 gives

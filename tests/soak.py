@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from test_objects_whole import EXACT, calls, held, interrupted
+from test_objects_whole import EXACT, calls, held, interrupted, tokens
 
 from jaxkv.objects import KvCacheError, TwoTierKvCache
 
@@ -29,7 +29,7 @@ def megabytes() -> float:
 
 
 def read(cache: TwoTierKvCache, stop: threading.Event, count: Counter[str]) -> None:
-    """Every read is of one whole state: its tokens in order, its weights adding up to 1."""
+    """Every read is of one whole state: its tokens in order, its output finite."""
     while not stop.wait(0.01):
         try:
             seen = held(cache)
@@ -42,13 +42,13 @@ def read(cache: TwoTierKvCache, stop: threading.Event, count: Counter[str]) -> N
 
 
 def change_own(stop: threading.Event, count: Counter[str], seed: int) -> None:
-    """A cache that nobody interrupts does as one that is read after every call."""
+    """A cache of this thread alone: the same call changes it and its clone alike."""
     rng, cache, first = np.random.default_rng(seed), TwoTierKvCache(EXACT), 0
     while not stop.wait(0.01):
         if len(cache) < 12:
             cache.clear()
             for start in (first, first + 6):
-                cache.append(*_tokens(start, 6))
+                cache.append(*tokens(start, 6))
             first += 20
         other, choice = cache.clone(), int(rng.integers(2**31))
         for one in (cache, other):
@@ -57,11 +57,6 @@ def change_own(stop: threading.Event, count: Counter[str], seed: int) -> None:
         assert held(cache) == held(other)
         first += 10
         count["own"] += 1
-
-
-def _tokens(first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    keys = np.broadcast_to(np.arange(first, first + size, dtype=np.float32), (8, size)).T
-    return keys[:, None].copy(), -keys[:, None]
 
 
 def soak(minutes: float) -> None:
@@ -93,7 +88,7 @@ def soak(minutes: float) -> None:
         if len(cache) < 12:
             cache.clear()
             for start in (first, first + 6):
-                cache.append(*_tokens(start, 6))
+                cache.append(*tokens(start, 6))
             first += 20
         before, other, choice = held(cache), cache.clone(), int(rng.integers(2**31))
         options = calls(other, np.random.default_rng(choice), first)
