@@ -98,7 +98,7 @@ def prefill(
 
 
 def attend(
-    state: CacheState, query: Array, lengths: Any = None, scale: float | None = None
+    state: CacheState, query: Array, lengths: Any = None, scale: Array | float | None = None
 ) -> Array:
     """The compiled attend; always with lengths, as above."""
     lengths = query.shape[1] if lengths is None else lengths

@@ -1,11 +1,14 @@
-"""Arithmetic that rounds alike on every platform, as it is done where the hardware does not."""
+"""Arithmetic that rounds alike on every platform, as it is done where the hardware does not, and
+the search for scales that is built on it."""
+
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import platform
+from jaxkv import QuantSpec, codec, platform
 from jaxkv.codec import arithmetic
 
 
@@ -61,3 +64,44 @@ def test_float16_by_bits_is_numpys(rng, place):
     for given in (x, every, middle[np.abs(middle) < 65504]):
         found = jax.jit(arithmetic.as_float16)(given)
         np.testing.assert_array_equal(found, given.astype(np.float16).astype(np.float32))
+
+
+def test_totals_are_sums(rng, place):
+    arrays = [rng.integers(-(2**20), 2**20, (3, 5, 64)).astype(np.int32) for _ in range(4)]
+    found = jax.jit(arithmetic.totals)(*arrays)
+    for total, array in zip(found, arrays, strict=True):
+        np.testing.assert_array_equal(total, array.sum(-1, keepdims=True))
+
+
+def searched(x, bits, cut, fits):
+    """The squared errors of groups [n, g] in float64: of the best of the whole range, a cut one,
+    and least-squares fits to the codes of the best."""
+    low, extent, levels = x.min(-1), np.ptp(x, -1), 2**bits - 1
+    scale, start = extent / levels, low
+    best = np.full(len(x), np.inf), np.zeros_like(x)
+    for attempt in range(2 + fits):
+        codes = np.clip(np.rint((x - start[:, None]) / scale[:, None]), 0, levels)
+        error = ((x - codes * scale[:, None] - start[:, None]) ** 2).sum(-1)
+        better = error < best[0]
+        best = np.where(better, error, best[0]), np.where(better[:, None], codes, best[1])
+        if attempt == 0:
+            scale, start = extent * (1 - 2 * cut) / levels, low + extent * cut
+        else:
+            scale, start = np.array(
+                [np.polyfit(*pair, 1) for pair in zip(best[1], x, strict=True)]
+            ).T
+    return best[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_for_scales_finds_what_least_squares_finds(rng, bits):
+    """But for scales of 9 bits, off by a 256th at most: half of 15 codes away that is 0.03 scales,
+    whose square is 1 % of a code's 1/12. (Without the fits 6 to 8 % more would be missed.)"""
+    quantize = importlib.import_module("jaxkv.codec.quantize")
+    x = rng.normal(size=(1, 500, 1, 64)).astype(np.float32)
+    spec = QuantSpec(bits, 64)
+    missed = x - codec.dequantize(spec, codec.quantize(spec, jnp.asarray(x)))
+    ours = float((np.asarray(missed, float) ** 2).sum())
+    groups = x[0, :, 0].astype(float)
+    wanted = searched(groups, bits, quantize.CUT[bits], quantize.FITS[bits]).sum()
+    assert wanted * 0.99 < ours < wanted * 1.01

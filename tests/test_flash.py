@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_laws_attend
 import test_scoring
 from cases import CASES, Case, random_query, random_tokens
 from jax.sharding import AxisType
@@ -45,6 +46,13 @@ def test_every_format_is_attended_exactly(case: Case, rng: np.random.Generator) 
     expected, bound = exact_attention(state, query, lengths)
     attend = jax.jit(lambda state, query: jaxkv.attend(state, query, lengths=lengths))
     assert_within(np.abs(np.asarray(attend(state, query)) - expected), bound)
+
+
+@pytest.mark.usefixtures("tiled")
+@over(SOME, fast=("bf16_q4_all_heads",))
+def test_empty_slots_have_no_influence(case: Case, rng: np.random.Generator) -> None:
+    """Chunks of five, each into a cache full of NaN but for what it holds."""
+    test_laws_attend.test_empty_slots_never_reach_an_output(case, np.nan, -1, rng)
 
 
 @pytest.mark.slow

@@ -218,11 +218,17 @@ def test_output_has_the_dtype_of_the_query(dtype: Any, rng: np.random.Generator)
 
 @over(FEW)
 def test_scale_of_the_scores(case: Case, rng: np.random.Generator) -> None:
-    """scale=s is the default scale with a query s * sqrt(H) times as long."""
+    """scale=s is the default scale with a query s * sqrt(H) times as long, of whatever sign and
+    size, for all heads or for each."""
     query, state = random_query(rng, case), run(case).states[-1]
-    longer = (query * 0.5 * case.config.head_dim**0.5).astype(np.float32)
-    expected, bound = exact_attention(state, longer)
-    assert_within(np.abs(attend(state, query, scale=0.5) - expected), 2 * bound)
+    signs = np.where(np.arange(case.num_heads) % 2, -0.7, 0.5)
+    for size in (1.0, 2.0**-100, 2.0**100):
+        for scale in (0.5, signs):
+            sized = np.asarray(scale * size, np.float32)
+            longer = query * np.reshape(scale, (-1, 1)) * case.config.head_dim**0.5
+            expected, bound = exact_attention(state, longer.astype(np.float32))
+            out = attend(state, (query / size).astype(np.float32), scale=sized)
+            assert_within(np.abs(out - expected), 2 * bound)
 
 
 @over(FEW)

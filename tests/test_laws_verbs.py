@@ -133,9 +133,12 @@ def test_take_rows(case: Case, rng: np.random.Generator) -> None:
     for order in ([2, 0, 1], [1, 1, 1], [2], [0, 2, 1, 0]):
         taken = take_rows(state, np.array(order))
         wanted = jax.tree.map(lambda x, rows=order: x[np.array(rows)], gather(state))
-        # Codes are the same; another batch is another program, which may turn them back with
-        # products and sums contracted, or not.
+        # Another batch is another program, which may turn codes back with products and sums
+        # contracted, or not: a few roundings. Of one row each, the programs are the same.
         chex.assert_trees_all_close(gather(taken), wanted, rtol=0, atol=largest(wanted) * 2.0**-22)
+        for row, source in enumerate(order):
+            pair = take_rows(taken, np.array([row])), take_rows(state, np.array([source]))
+            chex.assert_trees_all_equal(*map(gather, pair))
     forked, one = take_rows(state, np.array([1, 1, 1])), append(state, keys, values)
     forked = append(forked, keys, values)
     assert_tier_and_bits(forked, one, row=1)

@@ -183,6 +183,16 @@ def test_a_query_that_is_nan_is_heard(case: Case) -> None:
 
 
 @over(OWN, slow=SOME)
+def test_scores_beyond_float32_are_numbers(case: Case, rng: np.random.Generator) -> None:
+    """Also that of a key of zeros, with a query and a scale whose product is infinite."""
+    keys, values = random_tokens(rng, case, 1)
+    state = append(run(case).states[-1], np.zeros_like(keys), values)
+    query = random_query(rng, case, 1) * np.float32(1e36)
+    for scale in (3e38, -3e38):
+        assert np.isfinite(attend(state, query, scale=scale)).all()
+
+
+@over(OWN, slow=SOME)
 def test_the_size_of_a_query_does_not_matter(case: Case, rng: np.random.Generator) -> None:
     """Queries of 1e-38 give the mean of what is seen, those of 1e30 and more the value of the best
     key: exact attention in float64, either way. (Scores end at 4e37, where all are alike.)"""

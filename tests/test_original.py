@@ -78,7 +78,8 @@ def two_tier(config: dict[str, Any], heads: Heads) -> TwoTierKvCache:
 
 def assert_stored_alike(ours: np.ndarray, theirs: np.ndarray, raw: np.ndarray, levels: int) -> None:
     """Stored tokens [T, K, H] agree to 0.5 % of their range; also to one step more where an element
-    lies near a tie, of theirs or of ours, or has another code with our scale, rounded up to 9 bits."""
+    has another code with our scale, rounded up to 9 bits, or lies near a tie: of theirs, or of ours,
+    whose zero point is rounded too."""
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
     step = (high - low) / levels
     rounded = reference.as_scale(np.maximum(step, np.abs(low) * np.float32(2.0**-15)))

@@ -220,6 +220,8 @@ def test_the_best_pages_are_read(name, number):
     missing = 1 - np.exp(wanted_lse - twin(state, query, None, Options())[1])
     assert missing.max() > 1e-3
     assert (missing <= left + 1e-6).all()
+    turned = {"scale": -(H**-0.5), "top_pages": number, "return_lse": True}
+    chex.assert_trees_all_equal(attend(state, -query, **turned), (out, lse, left))
 
 
 @over()

@@ -6,9 +6,10 @@ queries for every block, so the block is dequantized to float32 once for all of 
 products are plain matrices, which XLA:CPU computes at full speed on all cores. Blocks that no query
 of the tile may see are not visited.
 
-Queries of bfloat16 over tokens of bfloat16 are multiplied as such where the CPU has units for it
-(AMX): the scores are those of float32, as a product of two bfloat16 is exact; weights are rounded
-to bfloat16 before they meet the values, as outputs are.
+Queries of bfloat16 over tokens of bfloat16 are multiplied as such where the CPU has units for it:
+scores are those of float32, as a product of two bfloat16 is exact in it; weights are rounded to
+bfloat16 before they meet the values, as outputs are. With AMX 2,048 tokens take 240 ms so, 410 in
+float32 (32 query heads, 8 kv heads of 128, Q4).
 """
 
 from __future__ import annotations
@@ -56,9 +57,8 @@ def partial_attention(
     """`xla.partial_attention` of the queries [1, 1, R, H] of one row and kv head, of which only the
     tier still has the others."""
     query, (oldest, newest) = own.folded, own.reach
-    formats = [side.fmt for side in sides]
-    narrow = own.is_bfloat16 and set(formats) == {Precision.BF16} and platform.multiplies_bfloat16()
-    operand = query[0, 0].astype(jnp.bfloat16) if narrow else query[0, 0]
+    all_bfloat16 = own.is_bfloat16 and {side.fmt for side in sides} == {Precision.BF16}
+    read = as_bfloat16 if all_bfloat16 and platform.multiplies_bfloat16() else decoded
     oldest = oldest if part.base is None else oldest - part.base
     blocks = walk(
         dataclasses.replace(part, low=jnp.maximum(part.low, oldest)), newest, block_size(part)
@@ -68,21 +68,19 @@ def partial_attention(
     def visit(index: jax.Array, carry: Partial) -> Partial:
         position, valid = blocks.look(index)
         seen = own.see(part, position) & valid[:, None]  # [1, T, S]
-        cuts = [blocks.cut(side, index, part.layer, row, head) for side in sides]
-        if narrow:
-            found = [as_bfloat16(cut, blocks.size, valid) for cut in cuts]
-        else:
-            found = [decoded(*of, blocks.size) for of in zip(cuts, formats, strict=True)]
+        found = [
+            read(blocks.cut(side, index, part.layer, row, head), side.fmt, blocks.size)
+            for side in sides
+        ]
         keys, values = found[0], found[-1]  # of the keys where values are a part of them
-        scores = bounded(_dot(operand, keys, 1) * own.unit[0, 0])
+        scores = bounded(_dot(query[0, 0].astype(keys.dtype), keys, 1) * own.unit[0, 0])
         scores = scores.reshape(1, 1, -1, *seen.shape[1:])  # [1, 1, G, T, S]
         if own.changes_scores:
             scores = own.adjust(scores, part.absolute(position))
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(-1, blocks.size)
         top = jnp.maximum(carry.max, scores.max(-1))
         weights, decay = jnp.exp(scores - top[:, None]), jnp.exp(carry.max - top)
-        if not narrow:
-            values = jnp.where(valid[0, :, None], values, 0)  # empty slots may hold anything
+        values = jnp.where(valid[0, :, None], values, 0)  # empty slots may hold anything
         out = carry.out * decay[:, None] + _dot(weights.astype(values.dtype), values, 0)
         return Partial(out, top, carry.sum * decay + weights.sum(-1))
 
@@ -123,10 +121,9 @@ def decoded(block: Tokens, fmt: Format, size: int) -> jax.Array:
     ]
 
 
-def as_bfloat16(block: Tokens, size: int, valid: jax.Array) -> jax.Array:
-    """A block of one head's slots of a bfloat16 tier, [S, H], zeros where not `valid` [1, S]."""
-    data = jnp.where(valid[0, :, None], block.data.reshape(size, -1), 0)
-    return lax.bitcast_convert_type(data, jnp.bfloat16)
+def as_bfloat16(block: Tokens, fmt: Format, size: int) -> jax.Array:
+    """`decoded` of a bfloat16 tier, as it lies."""
+    return lax.bitcast_convert_type(block.data.reshape(size, -1), jnp.bfloat16)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

@@ -55,7 +55,7 @@ class Queries:
         seeing = jnp.where(position[..., None, None] >= 0, query.astype(jnp.float32), 0.0)
         rows, exponent = to_unit(seeing)
         scale, scale_exponent = to_unit(scoring.scale_of_heads)
-        unit = power_of_two(jnp.clip(exponent + scale_exponent, -126, 124)) * jnp.abs(scale)
+        unit = power_of_two(jnp.clip(exponent + scale_exponent, -126, 126)) * jnp.abs(scale)
         folded, unit = fold(rows * jnp.where(scale < 0, -1, 1), heads), fold(unit, heads)
         return cls(folded, unit, position, scoring, sink_tokens, query.dtype == jnp.bfloat16)
 
